@@ -1,0 +1,41 @@
+"""What can go wrong in the engine. Every message says what was, what is allowed, what to change."""
+
+
+class EngineError(Exception):
+    """Root of the engine's errors. Picklable: a message and nothing else."""
+
+
+class ConfigError(EngineError):
+    """A setting, a checkpoint's config or a plan that cannot be served."""
+
+
+class WeightsError(ConfigError):
+    """A checkpoint file that is missing, damaged or contradicts its config."""
+
+
+class TokenizerError(ConfigError):
+    """A tokenizer or chat template that is missing, broken or does not fit the model."""
+
+
+class ShapeError(EngineError):
+    """Arrays whose shapes contradict each other."""
+
+
+class InvalidJob(EngineError):
+    """A job that can never run: empty or too long prompt, sampling out of range."""
+
+
+class DuplicateJob(EngineError):
+    """A job whose request_id is already running."""
+
+
+class QueueFull(EngineError):
+    """More waiting jobs than the plan admits. Retry later."""
+
+
+class OutOfPages(EngineError):
+    """The KV pool cannot hold the job even when it runs alone."""
+
+
+class EngineStopped(EngineError):
+    """The engine thread has ended; nothing more will be served."""

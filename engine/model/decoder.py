@@ -1,0 +1,155 @@
+"""The dense decoder of Llama, Qwen2 and Qwen3, as flax.nnx modules.
+
+The module holds weights and the order of operations. How queries meet keys is the caller's
+business: `attend` closes over a paged pool when serving and over nothing when training, so one
+definition of the model serves both.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from engine.model.config import ModelConfig
+from engine.model.rope import inverse_frequencies, rotate
+
+Attend = Callable[[int, Array, Array, Array], Array]
+"""(layer, q [B,T,N,H], k [B,T,K,H], v [B,T,K,H]) -> [B,T,N,H]; k and v are this call's tokens."""
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm (Zhang 2019, arXiv:1910.07467, section 4). Sums run in float32."""
+
+    def __init__(self, size: int, eps: float, *, dtype: jnp.dtype) -> None:
+        self.weight = nnx.Param(jnp.ones((size,), dtype))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        wide = x.astype(jnp.float32)
+        scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        weight = self.weight[...].astype(jnp.float32)
+        return (wide * scale * weight.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+
+
+class Linear(nnx.Module):
+    """x @ kernel (+ bias), kernel [in, out]."""
+
+    def __init__(
+        self, size_in: int, size_out: int, *, bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs
+    ) -> None:
+        draw = jax.random.normal(rngs.params(), (size_in, size_out), jnp.float32)
+        self.kernel = nnx.Param((draw * size_in**-0.5).astype(dtype))
+        self.bias = nnx.Param(jnp.zeros((size_out,), dtype)) if bias else None
+
+    def __call__(self, x: Float[Array, "*batch X"]) -> Float[Array, "*batch Y"]:
+        out = x @ self.kernel[...]
+        if self.bias is not None:
+            out = out + self.bias[...].reshape((1,) * (out.ndim - 1) + (-1,))
+        return out
+
+
+class Attention(nnx.Module):
+    """Projections, optional per-head norms, rotary positions; `attend` does the rest."""
+
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        kind = {"dtype": dtype, "rngs": rngs}
+        self.q_proj = Linear(config.hidden_size, queries, bias=config.qkv_bias, **kind)
+        self.k_proj = Linear(config.hidden_size, keys, bias=config.qkv_bias, **kind)
+        self.v_proj = Linear(config.hidden_size, keys, bias=config.qkv_bias, **kind)
+        self.o_proj = Linear(queries, config.hidden_size, bias=config.out_bias, **kind)
+        norm = (config.head_dim, config.rms_eps)
+        self.q_norm = RMSNorm(*norm, dtype=dtype) if config.qk_norm else None
+        self.k_norm = RMSNorm(*norm, dtype=dtype) if config.qk_norm else None
+        self.head_dim = config.head_dim
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        frequencies: Float[Array, " H2"],
+        layer: int,
+        attend: Attend,
+    ) -> Float[Array, "B T D"]:
+        split = (*x.shape[:2], -1, self.head_dim)
+        q = self.q_proj(x).reshape(split)
+        k = self.k_proj(x).reshape(split)
+        v = self.v_proj(x).reshape(split)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, positions, frequencies), rotate(k, positions, frequencies)
+        out = attend(layer, q, k, v)
+        return self.o_proj(out.reshape(*x.shape[:2], -1))
+
+
+class MLP(nnx.Module):
+    """SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        kind = {"bias": config.mlp_bias, "dtype": dtype, "rngs": rngs}
+        self.gate_proj = Linear(config.hidden_size, config.mlp_size, **kind)
+        self.up_proj = Linear(config.hidden_size, config.mlp_size, **kind)
+        self.down_proj = Linear(config.mlp_size, config.hidden_size, **kind)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nnx.Module):
+    """One pre-norm block."""
+
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        self.input_norm = RMSNorm(config.hidden_size, config.rms_eps, dtype=dtype)
+        self.attention = Attention(config, dtype=dtype, rngs=rngs)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_eps, dtype=dtype)
+        self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+
+
+class Decoder(nnx.Module):
+    """Token ids to final hidden states; `logits` reads the head."""
+
+    def __init__(
+        self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32
+    ) -> None:
+        self.config = config
+        shape = (config.vocab_size, config.hidden_size)
+        self.embedding = nnx.Param(
+            (jax.random.normal(rngs.params(), shape, jnp.float32) * 0.02).astype(dtype)
+        )
+        self.layers = nnx.List(
+            [Layer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)]
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_eps, dtype=dtype)
+        if config.tied_embeddings:
+            self.head = None
+        else:
+            kind = {"bias": False, "dtype": dtype, "rngs": rngs}
+            self.head = Linear(config.hidden_size, config.vocab_size, **kind)
+
+    def __call__(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], attend: Attend
+    ) -> Float[Array, "B T D"]:
+        """Final hidden states, after the last norm: what the head reads.
+
+        Token ids must lie in [0, V). Positions are absolute and set the rotary angle.
+        """
+        frequencies = jnp.asarray(inverse_frequencies(self.config))
+        x = self.embedding[...][tokens]
+        for index, layer in enumerate(self.layers):
+            normed = layer.input_norm(x)
+            x = x + layer.attention(normed, positions, frequencies, index, attend)
+            x = x + layer.mlp(layer.mlp_norm(x))
+        return self.norm(x)
+
+    def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        """Base logits in float32. Tied embeddings are read, never changed, by the head."""
+        if self.head is not None:
+            return self.head(hidden).astype(jnp.float32)
+        return jnp.einsum("...d,vd->...v", hidden, self.embedding[...]).astype(jnp.float32)
+
+
+def causal_attend(_layer: int, q: Array, k: Array, v: Array) -> Array:
+    """Attention of a whole sequence to itself, without a cache: what training uses."""
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True)

@@ -1,0 +1,114 @@
+"""Head slots on the device: which edited version sits where, and who is using it.
+
+Slot 0 is "no edit". A slot in use is never evicted; among idle ones the least recently used
+goes. A new version of the same pattern is another resident: requests keep what they started with.
+"""
+
+from collections import OrderedDict
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from engine.api import HeadRef, HeadTable
+from engine.config import EnginePlan
+from engine.errors import ShapeError
+from engine.ops.head_delta import HeadStack
+
+Resident = tuple[tuple[str, ...], int]  # slot key, version
+
+
+class HeadSlots:
+    """Owner of the stacked head edits. Lives on the engine thread."""
+
+    def __init__(self, plan: EnginePlan, *, hidden_size: int, vocab_size: int) -> None:
+        self._plan, self._hidden_size, self._vocab_size = plan, hidden_size, vocab_size
+        self.stack = _empty_stack(plan, hidden_size, vocab_size)
+        self._write = jax.jit(_write_slot, donate_argnums=0)
+        self._free = list(range(plan.num_head_slots - 1, 0, -1))
+        self._resident: OrderedDict[Resident, int] = OrderedDict()  # least recently used first
+        self._users: dict[Resident, int] = {}
+        self.stack = self._write(self.stack, np.int32(0), self._pad(None))  # compiles the upload
+
+    @property
+    def num_resident(self) -> int:
+        """Versions on the device."""
+        return len(self._resident)
+
+    def num_programs(self) -> int:
+        """Compiled variants of the upload; growth after warm-up is a bug."""
+        return self._write._cache_size()  # pyright: ignore
+
+    def acquire(self, head: HeadRef) -> int | None:
+        """Slot of this version, uploaded when absent. None when every slot is in use."""
+        key = (head.slot_key, head.version)
+        slot = self._resident.get(key)
+        if slot is None:
+            slot = self._vacate()
+            if slot is None:
+                return None
+            self.stack = self._write(self.stack, np.int32(slot), self._pad(head.table))
+            self._resident[key] = slot
+        self._resident.move_to_end(key)
+        self._users[key] = self._users.get(key, 0) + 1
+        return slot
+
+    def release(self, head: HeadRef) -> None:
+        """One user less. The version stays resident until its slot is needed."""
+        key = (head.slot_key, head.version)
+        self._users[key] -= 1
+        if not self._users[key]:
+            del self._users[key]
+
+    def _vacate(self) -> int | None:
+        if self._free:
+            return self._free.pop()
+        for key in self._resident:
+            if key not in self._users:
+                return self._resident.pop(key)
+        return None
+
+    def _pad(self, table: HeadTable | None) -> HeadStack:
+        """One slot's arrays at full size. Raises ShapeError when the table does not fit."""
+        plan = self._plan
+        sizes = (plan.head_rank, plan.head_tokens, plan.head_rows)
+        padded = _empty_slot(*sizes, self._hidden_size, self._vocab_size)
+        if table is None:
+            return padded
+        rank, tokens, rows = len(table.keys), len(table.token_ids), len(table.row_ids)
+        if rank > sizes[0] or tokens > sizes[1] or rows > sizes[2]:
+            raise ShapeError(
+                f"head edits of rank {rank}, {tokens} token keys and {rows} rows exceed a slot of "
+                f"{sizes[0]}, {sizes[1]} and {sizes[2]}; truncate them or raise the engine's sizes"
+            )
+        padded.keys[:rank] = table.keys
+        padded.token_ids[:tokens] = table.token_ids
+        padded.token_keys[:rank, :tokens] = table.token_keys
+        padded.const_keys[:rank] = table.const_keys
+        padded.row_ids[:rows] = table.row_ids
+        padded.values[:rank, :rows] = table.values
+        return padded._replace(num_rows=np.int32(rows))
+
+
+def _empty_slot(
+    rank: int, tokens: int, rows: int, hidden_size: int, vocab_size: int
+) -> HeadStack:
+    return HeadStack(
+        keys=np.zeros((rank, hidden_size), np.float32),
+        token_ids=np.full((tokens,), -1, np.int32),
+        token_keys=np.zeros((rank, tokens), np.float32),
+        const_keys=np.zeros((rank,), np.float32),
+        row_ids=np.full((rows,), vocab_size, np.int32),
+        values=np.zeros((rank, rows), np.float32),
+        num_rows=np.int32(0),
+    )
+
+
+def _empty_stack(plan: EnginePlan, hidden_size: int, vocab_size: int) -> HeadStack:
+    one = _empty_slot(plan.head_rank, plan.head_tokens, plan.head_rows, hidden_size, vocab_size)
+    return HeadStack(*(jnp.broadcast_to(a, (plan.num_head_slots, *np.shape(a))) + 0 for a in one))
+
+
+def _write_slot(stack: HeadStack, slot: Int[Array, ""], one: HeadStack) -> HeadStack:
+    return HeadStack(*(whole.at[slot].set(part) for whole, part in zip(stack, one, strict=True)))
