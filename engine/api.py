@@ -102,7 +102,9 @@ class Capture:
     def num_bytes(self) -> int:
         """Host bytes of the four arrays."""
         return (
-            self.hidden.nbytes + self.top_ids.nbytes + self.top_logprobs.nbytes
+            self.hidden.nbytes
+            + self.top_ids.nbytes
+            + self.top_logprobs.nbytes
             + self.rest_logprob.nbytes
         )
 

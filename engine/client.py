@@ -46,8 +46,11 @@ class EngineClient:
         if job.sampling.seed is None:
             job = replace(job, sampling=replace(job.sampling, seed=secrets.randbits(31)))
         sequence = Sequence(
-            kind=Kind.GENERATE, job=job, tokens=list(job.prompt_ids),
-            num_prompt=len(job.prompt_ids), replays_by_decode=self.plan.is_deterministic,
+            kind=Kind.GENERATE,
+            job=job,
+            tokens=list(job.prompt_ids),
+            num_prompt=len(job.prompt_ids),
+            replays_by_decode=self.plan.is_deterministic,
         )
         stream = self._submit(sequence)
         ended = False
@@ -132,7 +135,9 @@ class EngineClient:
         if self._loop.is_stopped:
             raise EngineStopped("the engine has stopped; restart the server")
         if sequence.request_id in self._streams:
-            raise DuplicateJob(f"request_id {sequence.request_id} is already running; choose another")
+            raise DuplicateJob(
+                f"request_id {sequence.request_id} is already running; choose another"
+            )
         limit = self.plan.max_num_seqs + self.plan.max_waiting
         if len(self._streams) >= limit:
             raise QueueFull(f"{limit} requests are running or waiting; retry later")

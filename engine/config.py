@@ -35,8 +35,14 @@ class EngineConfig:
         if self.page_size not in _PAGE_SIZES:
             raise ConfigError(f"engine.page_size is {self.page_size}; use one of {_PAGE_SIZES}")
         for name, low in (
-            ("max_model_len", 0), ("max_num_seqs", 1), ("max_waiting", 1), ("num_pages", 0),
-            ("prefill_chunk", 16), ("max_learned_slots", 2), ("head_rank", 1), ("head_rows", 64),
+            ("max_model_len", 0),
+            ("max_num_seqs", 1),
+            ("max_waiting", 1),
+            ("num_pages", 0),
+            ("prefill_chunk", 16),
+            ("max_learned_slots", 2),
+            ("head_rank", 1),
+            ("head_rows", 64),
         ):
             value = getattr(self, name)
             if value < low:
@@ -131,5 +137,3 @@ def _num_pages(config: EngineConfig, pages_per_seq: int, page_bytes: int) -> int
             "engine.num_pages, lower engine.max_model_len, or free memory"
         )
     return wanted
-
-

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine.api import EngineStats, FinishReason, ScoreResult, Update
-from engine.errors import EngineError, EngineStopped
 from engine.config import EnginePlan
+from engine.errors import EngineError, EngineStopped
 from engine.runner import Runner
 from engine.scheduler import Chunk, Decode, Scheduler
 from engine.sequence import Answer, Kind, Sequence
@@ -38,7 +38,11 @@ class EngineLoop:
     """Runs sequences until stopped. `deliver` is called on the engine thread."""
 
     def __init__(
-        self, runner: Runner, scheduler: Scheduler, tokenizer: Tokenizer, plan: EnginePlan,
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        tokenizer: Tokenizer,
+        plan: EnginePlan,
         deliver: Deliver,
     ) -> None:
         self._runner, self._scheduler, self._tokenizer = runner, scheduler, tokenizer
@@ -58,7 +62,7 @@ class EngineLoop:
         self._thread.start()
 
     def stop(self) -> None:
-        """End: jobs still running are answered with EngineStopped. Returns when the thread ended."""
+        """End; jobs still running are answered with EngineStopped. Returns when the thread did."""
         self._inbox.put(None)
         self._thread.join()
 
@@ -204,9 +208,10 @@ class EngineLoop:
     def _accept(self, sequence: Sequence, sampled: Sampled, row: int) -> None:
         answer = self._answers[sequence.request_id]
         if not np.isfinite(sampled.logprob[row]):
-            self._end(sequence, EngineError(
-                "the model produced logits that are not finite; check the weights"
-            ))
+            self._end(
+                sequence,
+                EngineError("the model produced logits that are not finite; check the weights"),
+            )
             return
         self._num_generated_tokens += 1
         reason = answer.accept(sampled, row)

@@ -26,12 +26,14 @@ class Runner:
         self._plan = plan
         self._leaves = tuple(jax.tree.leaves(model.params))
         self._steps = step.make_steps(model)
-        self.slots = HeadSlots(
-            plan, hidden_size=config.hidden_size, vocab_size=config.vocab_size
-        )
+        self.slots = HeadSlots(plan, hidden_size=config.hidden_size, vocab_size=config.vocab_size)
         self._pool = new_pool(
-            num_layers=config.num_layers, num_pages=plan.num_pages, page_size=plan.page_size,
-            num_kv_heads=config.num_kv_heads, head_dim=config.head_dim, dtype=plan.dtype,
+            num_layers=config.num_layers,
+            num_pages=plan.num_pages,
+            page_size=plan.page_size,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            dtype=plan.dtype,
         )
         self._tables = np.zeros((plan.max_num_seqs, plan.pages_per_seq), np.int32)
         self._num_warm = 0
@@ -108,16 +110,26 @@ class Runner:
             sampling = sequence.job.sampling
             at = min(sequence.num_computed, len(sequence.tokens) - 1)
             ints[row] = (
-                sequence.tokens[at], at, sequence.slot, (sampling.seed or 0) & 0x7FFFFFFF,
+                sequence.tokens[at],
+                at,
+                sequence.slot,
+                (sampling.seed or 0) & 0x7FFFFFFF,
                 at + 1 - sequence.num_prompt if at >= sequence.num_prompt else 0,
-                sampling.top_k, sampling.logprobs or 0,
+                sampling.top_k,
+                sampling.logprobs or 0,
             )
             floats[row] = sampling.temperature, sampling.top_p
         return ints, floats
 
     def _prefill(
-        self, tokens: list[int], start: int, length: int, table: np.ndarray, size: int,
-        *, write: bool = True,
+        self,
+        tokens: list[int],
+        start: int,
+        length: int,
+        table: np.ndarray,
+        size: int,
+        *,
+        write: bool = True,
     ) -> tuple[jax.Array, jax.Array]:
         padded = np.zeros(size, np.int32)
         padded[: len(tokens)] = tokens

@@ -88,9 +88,7 @@ def _nucleus(scaled: Array, top_k: Array, top_p: Array) -> Array:
     """Rows with everything outside top-k, then top-p, at the floor (Holtzman 2020, section 3.1)."""
     ordered = _ordered(scaled)
     rows = scaled.shape[0]
-    by_rank = _bisect(
-        lambda t: (ordered >= t[:, None]).sum(axis=1, dtype=jnp.int32) >= top_k, rows
-    )
+    by_rank = _bisect(lambda t: (ordered >= t[:, None]).sum(axis=1, dtype=jnp.int32) >= top_k, rows)
     kept = jnp.where(ordered >= by_rank[:, None], scaled, _FLOOR)
     probability = jax.nn.softmax(kept, axis=1)
     # A hair below top_p: float sums of a full distribution may fall short of 1.

@@ -13,7 +13,15 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from engine.api import (
-    Capture, Final, FinishReason, HeadRef, Job, Timing, Token, TokenLogprob, Update,
+    Capture,
+    Final,
+    FinishReason,
+    HeadRef,
+    Job,
+    Timing,
+    Token,
+    TokenLogprob,
+    Update,
 )
 from engine.step import Captured, Sampled
 from engine.text import TextStream, Tokenizer
@@ -93,9 +101,7 @@ class Sequence:
             return None
         columns = (np.stack([step[i][row] for step, row in self.captured]) for i in range(4))
         hidden, top_ids, top_logprobs, rest = columns
-        return Capture(
-            hidden=hidden, top_ids=top_ids, top_logprobs=top_logprobs, rest_logprob=rest
-        )
+        return Capture(hidden=hidden, top_ids=top_ids, top_logprobs=top_logprobs, rest_logprob=rest)
 
 
 class Answer:

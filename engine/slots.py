@@ -4,6 +4,7 @@ Slot 0 is "no edit". A slot in use is never evicted; among idle ones the least r
 goes. A new version of the same pattern is another resident: requests keep what they started with.
 """
 
+import functools
 from collections import OrderedDict
 
 import jax
@@ -25,7 +26,8 @@ class HeadSlots:
     def __init__(self, plan: EnginePlan, *, hidden_size: int, vocab_size: int) -> None:
         self._plan, self._hidden_size, self._vocab_size = plan, hidden_size, vocab_size
         self.stack = _empty_stack(plan, hidden_size, vocab_size)
-        self._write = jax.jit(_write_slot, donate_argnums=0)
+        # A fresh function object: jit counts programs per function, not per jit.
+        self._write = jax.jit(functools.partial(_write_slot), donate_argnums=0)
         self._free = list(range(plan.num_head_slots - 1, 0, -1))
         self._resident: OrderedDict[Resident, int] = OrderedDict()  # least recently used first
         self._users: dict[Resident, int] = {}
@@ -91,9 +93,7 @@ class HeadSlots:
         return padded._replace(num_rows=np.int32(rows))
 
 
-def _empty_slot(
-    rank: int, tokens: int, rows: int, hidden_size: int, vocab_size: int
-) -> HeadStack:
+def _empty_slot(rank: int, tokens: int, rows: int, hidden_size: int, vocab_size: int) -> HeadStack:
     return HeadStack(
         keys=np.zeros((rank, hidden_size), np.float32),
         token_ids=np.full((tokens,), -1, np.int32),

@@ -72,8 +72,11 @@ def make_steps(model: LoadedModel) -> Steps:
         return nnx.merge(graph, jax.tree.unflatten(tree, leaves))
 
     def prefill(
-        leaves: tuple[Array, ...], pool: KVPool,
-        tokens: Int[Array, " T"], span: Int[Array, " 2"], page_table: Int[Array, " M"],
+        leaves: tuple[Array, ...],
+        pool: KVPool,
+        tokens: Int[Array, " T"],
+        span: Int[Array, " 2"],
+        page_table: Int[Array, " M"],
     ) -> tuple[KVPool, Float[Array, "T D"], Float[Array, " D"]]:
         start, length = span[0], span[1]
         offset_T = jnp.arange(tokens.shape[0], dtype=jnp.int32)
@@ -87,14 +90,21 @@ def make_steps(model: LoadedModel) -> Steps:
         return pool, hidden, total
 
     def sample(
-        leaves: tuple[Array, ...], stack: HeadStack, hidden: Float[Array, "B D"],
-        ints: Int[Array, "B 7"], floats: Float[Array, "B 2"],
+        leaves: tuple[Array, ...],
+        stack: HeadStack,
+        hidden: Float[Array, "B D"],
+        ints: Int[Array, "B 7"],
+        floats: Float[Array, "B 2"],
     ) -> Sampled:
         return _sample(decoder(leaves).logits(hidden), hidden, stack, ints, floats)
 
     def decode(
-        leaves: tuple[Array, ...], pool: KVPool, stack: HeadStack,
-        ints: Int[Array, "B 7"], floats: Float[Array, "B 2"], page_table: Int[Array, "B M"],
+        leaves: tuple[Array, ...],
+        pool: KVPool,
+        stack: HeadStack,
+        ints: Int[Array, "B 7"],
+        floats: Float[Array, "B 2"],
+        page_table: Int[Array, "B M"],
     ) -> tuple[KVPool, Sampled]:
         model = decoder(leaves)
         tokens, positions = ints[:, TOKEN, None], ints[:, POSITION, None]
@@ -123,9 +133,7 @@ def _forward(
         keys, values = 2 * layer, 2 * layer + 1
         layers[keys] = append(layers[keys], k, page_table, positions)
         layers[values] = append(layers[values], v, page_table, positions)
-        return paged_attention(
-            q, layers[keys], layers[values], page_table, positions, scale=scale
-        )
+        return paged_attention(q, layers[keys], layers[values], page_table, positions, scale=scale)
 
     hidden = model(tokens, jnp.maximum(positions, 0), attend)
     return tuple(layers), hidden
@@ -151,14 +159,21 @@ def _top_k(x: Float[Array, "B V"], size: int) -> tuple[Array, Array]:
 
 
 def _sample(
-    base: Float[Array, "B V"], hidden: Float[Array, "B D"], stack: HeadStack,
-    ints: Int[Array, "B 7"], floats: Float[Array, "B 2"],
+    base: Float[Array, "B V"],
+    hidden: Float[Array, "B D"],
+    stack: HeadStack,
+    ints: Int[Array, "B 7"],
+    floats: Float[Array, "B 2"],
 ) -> Sampled:
     captured = _capture(base, hidden)
     logits = add_head_delta(base, hidden, captured.top_ids[:, 0], ints[:, SLOT], stack)
     token = sampling.sample(
-        logits, floats[:, TEMPERATURE], ints[:, TOP_K], floats[:, TOP_P],
-        ints[:, SEED], ints[:, INDEX],
+        logits,
+        floats[:, TEMPERATURE],
+        ints[:, TOP_K],
+        floats[:, TOP_P],
+        ints[:, SEED],
+        ints[:, INDEX],
     )
     total_B = jax.nn.logsumexp(logits, axis=1)
     logprob = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - total_B

@@ -8,7 +8,12 @@ KVPool = tuple[Float[Array, "P C K H"], ...]
 
 
 def new_pool(
-    *, num_layers: int, num_pages: int, page_size: int, num_kv_heads: int, head_dim: int,
+    *,
+    num_layers: int,
+    num_pages: int,
+    page_size: int,
+    num_kv_heads: int,
+    head_dim: int,
     dtype: str,
 ) -> KVPool:
     """A pool of zeros. What a page held before belongs to nobody: readers mask by position."""

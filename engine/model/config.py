@@ -154,9 +154,15 @@ def _rope(table: Mapping[str, Any]) -> tuple[float, Llama3Rope | None]:
         return theta, None
     if kind != "llama3":
         raise ConfigError(f"config.json: rope type is {kind!r}; supported: 'default', 'llama3'")
-    numbers = {name: scaling.get(name) for name in (
-        "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
-    )}
+    numbers = {
+        name: scaling.get(name)
+        for name in (
+            "factor",
+            "low_freq_factor",
+            "high_freq_factor",
+            "original_max_position_embeddings",
+        )
+    }
     for name, value in numbers.items():
         if not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
             raise ConfigError(f"config.json: rope scaling {name} is {value!r}; want a number > 0")

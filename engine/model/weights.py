@@ -57,9 +57,7 @@ def load_checkpoint(directory: Path, *, dtype: str = "float32") -> LoadedModel:
     """
     config = load_config(directory)
     with jax.numpy_dtype_promotion("standard"):
-        abstract = nnx.eval_shape(
-            lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype))
-        )
+        abstract = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype)))
     graph, shapes = nnx.split(abstract)
     flat = dict(nnx.to_flat_state(shapes))
     digest = hashlib.sha256(repr((config, dtype)).encode())
@@ -173,7 +171,9 @@ class _Files:
                 raise WeightsError(f"tensor {name} is {kind}; supported: {', '.join(_DTYPES)}")
             return file.get_tensor(name)
         except SafetensorError as error:
-            raise WeightsError(f"{self._directory / shard} has no usable {name}: {error}") from error
+            raise WeightsError(
+                f"{self._directory / shard} has no usable {name}: {error}"
+            ) from error
 
     def _file(self, shard: str):  # noqa: ANN202  # safetensors exports no type for it
         if shard not in self._open:

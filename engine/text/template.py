@@ -29,7 +29,9 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
-            raise TokenizerError(f"the model's chat template is not valid Jinja: {error}") from error
+            raise TokenizerError(
+                f"the model's chat template is not valid Jinja: {error}"
+            ) from error
         self._variables = dict(variables)
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
@@ -41,7 +43,9 @@ class ChatTemplate:
                 **self._variables,
             )
         except jinja2.TemplateError as error:
-            raise InvalidJob(f"the model's chat template refuses these messages: {error}") from error
+            raise InvalidJob(
+                f"the model's chat template refuses these messages: {error}"
+            ) from error
         if len(text) > _MAX_RENDERED:
             raise InvalidJob(f"the chat template produced {len(text)} characters; send less text")
         return text

@@ -19,8 +19,12 @@ class Tokenizer:
     """Encodes, decodes and renders chats. Thread-safe: nothing changes after `load`."""
 
     def __init__(
-        self, literal: tokenizers.Tokenizer, control: tokenizers.Tokenizer,
-        template: ChatTemplate | None, eos_ids: frozenset[int], bos_id: int | None,
+        self,
+        literal: tokenizers.Tokenizer,
+        control: tokenizers.Tokenizer,
+        template: ChatTemplate | None,
+        eos_ids: frozenset[int],
+        bos_id: int | None,
     ) -> None:
         self._literal = literal  # reads control-token text as ordinary letters
         self._control = control  # reads it as control tokens
@@ -32,9 +36,7 @@ class Tokenizer:
         self.bos_id = bos_id
 
     @classmethod
-    def load(
-        cls, directory: Path, *, vocab_size: int, eos_ids: Sequence[int] = ()
-    ) -> "Tokenizer":
+    def load(cls, directory: Path, *, vocab_size: int, eos_ids: Sequence[int] = ()) -> "Tokenizer":
         """Read `tokenizer.json` and its companions.
 
         Raises:
@@ -106,8 +108,10 @@ class Tokenizer:
         for mark, content in zip(marks, contents, strict=True):
             head, found, rest = rest.partition(mark)
             if not found:
-                raise InvalidJob("the chat template changes the order of messages that hold "
-                                 "control-token text; remove that text")
+                raise InvalidJob(
+                    "the chat template changes the order of messages that hold "
+                    "control-token text; remove that text"
+                )
             ids += self._control.encode(head, add_special_tokens=False).ids
             ids += self.encode_continuation(content)
         return ids + self._control.encode(rest, add_special_tokens=False).ids

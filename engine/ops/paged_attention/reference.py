@@ -68,9 +68,11 @@ def paged_attention(
     block_pages = max(1, min(BLOCK_TOKENS // page_size, page_table.shape[1]))
     block = block_pages * page_size
 
-    q_BKTGH = (q.astype(jnp.float32) * scale).reshape(
-        batch, num_new, num_kv_heads, group, head_dim
-    ).transpose(0, 2, 1, 3, 4)
+    q_BKTGH = (
+        (q.astype(jnp.float32) * scale)
+        .reshape(batch, num_new, num_kv_heads, group, head_dim)
+        .transpose(0, 2, 1, 3, 4)
+    )
     last_B = jnp.max(positions, axis=1)
     table_BM = _pad_columns(page_table, block_pages)
 
