@@ -1,0 +1,227 @@
+"""Base logits of captured positions, on the few vocabulary rows that a pattern's edits touch.
+
+Letters here: N positions, J touched rows, Q captured base logits (64), D model dimension.
+
+Per position the vocabulary falls into four parts; each token lies in exactly one:
+
+                  captured (top 64)          not captured
+    touched       kept as captured           gathered: W_v . h - l
+    untouched     summed into `rest`         `rest_logprob` less what was gathered
+
+so that log sum exp(z') = logsumexp(rest, z_v + delta_v for touched v) with nothing counted twice
+and no difference of large numbers. Everything is relative to the base log-sum-exp l, which is
+recovered as W_c . h - logprob(c) with the captured argmax c: the rounding of h cancels in part.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Self
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from adapters.growing import Growing
+from engine import NUM_CAPTURED_LOGITS, Capture
+
+HeadRows = Callable[[np.ndarray], np.ndarray]
+"""Rows of the served head for token ids [J]: [J, D], any float type. From the quantised head if
+that is what is served."""
+
+# Of the uncaptured mass, what stays untouched at least. Gathered logits carry the bfloat16
+# rounding of h (about 1e-2 nat at |z| = 10), so a smaller remainder would be noise.
+_LEAST_REMAINDER = 2.0**-10
+_LOG_FLOOR = -200.0  # stands in for log 0
+
+
+def _row_logits(
+    hidden: Float[np.ndarray, "N D"], rows: Float[np.ndarray, "J D"]
+) -> Float[np.ndarray, "N J"]:
+    return hidden @ rows.T
+
+
+def log_norms(
+    hidden: Float[np.ndarray, "N D"], capture: Capture, head_rows: HeadRows
+) -> Float[np.ndarray, " N"]:
+    """The base log-sum-exp l of each position, from the captured argmax's logit."""
+    argmax, inverse = np.unique(capture.top_ids[:, 0], return_inverse=True)
+    weights = np.asarray(head_rows(argmax), np.float32)[inverse]
+    logits = np.einsum("nd,nd->n", hidden, weights)
+    return logits - capture.top_logprobs[:, 0]
+
+
+def _match(
+    top_ids: Int[np.ndarray, "N Q"], row_ids: Int[np.ndarray, " J"]
+) -> tuple[Int[np.ndarray, "N Q"], Bool[np.ndarray, "N Q"]]:
+    """Where each captured id stands among the (distinct) rows, and whether it is there at all."""
+    if len(row_ids) == 0:
+        return np.zeros(top_ids.shape, np.int64), np.zeros(top_ids.shape, np.bool_)
+    order = np.argsort(row_ids, kind="stable")
+    place = np.searchsorted(row_ids, top_ids, sorter=order).clip(max=len(row_ids) - 1)
+    column = order[place]
+    return column, row_ids[column] == top_ids
+
+
+def log_odds(
+    logits: Float[np.ndarray, "N J"], rest: Float[np.ndarray, " N"], row: Int[np.ndarray, " N"]
+) -> Float[np.ndarray, " N"]:
+    """z_y - logsumexp(everything else), without ever forming 1 - p. `row` is the column of y."""
+    position = np.arange(len(row))
+    others = logits.copy()
+    others[position, row] = -np.inf
+    peak = np.maximum(others.max(1), rest)
+    total = np.exp(others - peak[:, None]).sum(1) + np.exp(rest - peak)
+    return logits[position, row] - peak - np.log(total)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Block:
+    """Relative base logits of some positions on some rows."""
+
+    logits: Float[np.ndarray, "N J"]
+    captured: Bool[np.ndarray, "N Q"]  # captured ids that are among the rows
+    gathered: Float[np.ndarray, " N"]  # sum of exp(logit - rest_logprob) over uncaptured rows
+
+
+def _block(
+    logits: Float[np.ndarray, "N J"],
+    top_ids: Int[np.ndarray, "N Q"],
+    top_logprobs: Float[np.ndarray, "N Q"],
+    rest_logprob: Float[np.ndarray, " N"],
+    row_ids: Int[np.ndarray, " J"],
+) -> _Block:
+    """Put captured values over gathered ones, and weigh what remains gathered."""
+    column, captured = _match(top_ids, row_ids)
+    place = np.nonzero(captured)
+    is_captured = np.zeros(logits.shape, np.bool_)
+    is_captured[place[0], column[place]] = True
+    logits[place[0], column[place]] = top_logprobs[place]
+    with np.errstate(over="ignore"):  # an infinite ratio is floored where it is used
+        ratio = np.exp(logits - rest_logprob[:, None], dtype=np.float32)
+    gathered = np.where(is_captured, np.float32(0), ratio).sum(1, dtype=np.float64)
+    return _Block(logits, captured, gathered)
+
+
+def _log_uncovered(
+    top_logprobs: Float[np.ndarray, "N Q"], covered: Bool[np.ndarray, "N Q"]
+) -> Float[np.ndarray, " N"]:
+    """log-sum-exp of the captured logits that are not among the rows."""
+    kept = np.where(covered, np.float32(_LOG_FLOOR), top_logprobs)
+    peak = kept.max(1)
+    return (peak + np.log(np.exp(kept - peak[:, None]).sum(1))).astype(np.float64)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BaseRows:
+    """N captured positions against J rows, growing in both. Versions share the large arrays."""
+
+    hidden: Growing  # [N, D] float32
+    top_ids: Growing  # [N, Q] int32
+    top_logprobs: Growing  # [N, Q] float32
+    rest_logprob: np.ndarray  # [N] float32
+    log_norm: np.ndarray  # [N] float32, l
+    row_ids: np.ndarray  # [J] int32, distinct, in order of arrival
+    row_weights: Growing  # [J, D] float32
+    logits: np.ndarray  # [N', J'] float32, relative to l; N' >= N, J' >= J, garbage outside
+    covered: np.ndarray  # [N, Q] bool
+    uncovered: np.ndarray  # [N] float64, log mass of captured ids that are not rows
+    gathered: np.ndarray  # [N] float64, see _Block
+
+    @classmethod
+    def empty(cls, dim: int) -> Self:
+        """No positions and no rows."""
+        nothing = np.zeros(0, np.float64)
+        return cls(
+            hidden=Growing.empty(dim, np.float32),
+            top_ids=Growing.empty(NUM_CAPTURED_LOGITS, np.int32),
+            top_logprobs=Growing.empty(NUM_CAPTURED_LOGITS, np.float32),
+            rest_logprob=np.zeros(0, np.float32),
+            log_norm=np.zeros(0, np.float32),
+            row_ids=np.zeros(0, np.int32),
+            row_weights=Growing.empty(dim, np.float32),
+            logits=np.zeros((0, 0), np.float32),
+            covered=np.zeros((0, NUM_CAPTURED_LOGITS), np.bool_),
+            uncovered=nothing,
+            gathered=nothing,
+        )
+
+    @property
+    def num_positions(self) -> int:
+        """N."""
+        return self.hidden.num_rows
+
+    @property
+    def num_rows(self) -> int:
+        """J."""
+        return len(self.row_ids)
+
+    @property
+    def rest(self) -> Float[np.ndarray, " N"]:
+        """Log of the base mass outside the rows, float32."""
+        remainder = np.log(np.maximum(1.0 - self.gathered, _LEAST_REMAINDER))
+        return np.logaddexp(self.uncovered, self.rest_logprob + remainder).astype(np.float32)
+
+    def columns(self, token_ids: Int[np.ndarray, " T"]) -> Int[np.ndarray, " T"]:
+        """The row number of each token. All must be rows."""
+        order = np.argsort(self.row_ids, kind="stable")
+        return order[np.searchsorted(self.row_ids, token_ids, sorter=order)]
+
+    def with_rows(
+        self, token_ids: Int[np.ndarray, " J"], head_rows: HeadRows, shape: tuple[int, int]
+    ) -> "BaseRows":
+        """Add rows, distinct and new, for all positions. `shape` is the padded [N', J']."""
+        logits = self._padded(shape)
+        if len(token_ids) == 0:
+            return replace(self, logits=logits)
+        weights = np.asarray(head_rows(token_ids), np.float32)
+        first, last = self.num_rows, self.num_rows + len(token_ids)
+        block = _block(
+            _row_logits(self.hidden.rows, weights) - self.log_norm[:, None],
+            self.top_ids.rows, self.top_logprobs.rows, self.rest_logprob, token_ids,
+        )  # fmt: skip
+        logits[: self.num_positions, first:last] = block.logits
+        covered = self.covered | block.captured
+        uncovered = self.uncovered.copy()
+        changed = block.captured.any(1)
+        uncovered[changed] = _log_uncovered(self.top_logprobs.rows[changed], covered[changed])
+        return replace(
+            self,
+            row_ids=np.concatenate([self.row_ids, token_ids.astype(np.int32)]),
+            row_weights=self.row_weights.append(weights),
+            logits=logits,
+            covered=covered,
+            uncovered=uncovered,
+            gathered=self.gathered + block.gathered,
+        )
+
+    def with_positions(self, capture: Capture, head_rows: HeadRows) -> "BaseRows":
+        """Add positions. `with_rows` has made room for them."""
+        hidden = np.asarray(capture.hidden, np.float32)
+        norm = log_norms(hidden, capture, head_rows).astype(np.float32)
+        rest = np.maximum(capture.rest_logprob, np.float32(_LOG_FLOOR))
+        block = _block(
+            _row_logits(hidden, self.row_weights.rows) - norm[:, None],
+            capture.top_ids, capture.top_logprobs, rest, self.row_ids,
+        )  # fmt: skip
+        first, last = self.num_positions, self.num_positions + len(hidden)
+        logits = self.logits.copy()
+        logits[first:last, : self.num_rows] = block.logits
+        uncovered = _log_uncovered(capture.top_logprobs, block.captured)
+        return replace(
+            self,
+            hidden=self.hidden.append(hidden),
+            top_ids=self.top_ids.append(capture.top_ids),
+            top_logprobs=self.top_logprobs.append(capture.top_logprobs),
+            rest_logprob=np.concatenate([self.rest_logprob, rest]),
+            log_norm=np.concatenate([self.log_norm, norm]),
+            logits=logits,
+            covered=np.concatenate([self.covered, block.captured]),
+            uncovered=np.concatenate([self.uncovered, uncovered]),
+            gathered=np.concatenate([self.gathered, block.gathered]),
+        )
+
+    def _padded(self, shape: tuple[int, int]) -> Float[np.ndarray, "N J"]:
+        logits = np.zeros(shape, np.float32)
+        logits[: self.num_positions, : self.num_rows] = self.logits[
+            : self.num_positions, : self.num_rows
+        ]
+        return logits

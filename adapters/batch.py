@@ -1,0 +1,75 @@
+"""One feedback's positions, as they come from a capture."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from adapters.errors import CandidateRejected
+from engine import NUM_CAPTURED_LOGITS, Capture
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Batch:
+    """Positions of one feedback: tokens that must become likely, and tokens that must stay so.
+
+    A feedback may come in several batches (the captured positions, then those of a teacher-forced
+    pass). A confirmation is a feedback without any edit.
+    """
+
+    feedback_id: str
+    capture: Capture  # T positions
+    targets: np.ndarray  # [T] int32, the right token at each position
+    is_edit: np.ndarray  # [T] bool; False is a constraint: right already, must stay
+
+    def taken(self, keep: np.ndarray) -> "Batch":
+        """The positions where `keep` [T] is true."""
+        return Batch(
+            feedback_id=self.feedback_id,
+            capture=Capture(
+                self.capture.hidden[keep],
+                self.capture.top_ids[keep],
+                self.capture.top_logprobs[keep],
+                self.capture.rest_logprob[keep],
+            ),
+            targets=self.targets[keep],
+            is_edit=self.is_edit[keep],
+        )
+
+
+def check(batch: Batch, dim: int) -> None:
+    """Refuse shapes that contradict each other and values no softmax can give.
+
+    Raises:
+      CandidateRejected: naming the array and what is allowed.
+    """
+    capture, count = batch.capture, len(batch.targets)
+    shapes = {
+        "hidden": (capture.hidden.shape, (count, dim)),
+        "top_ids": (capture.top_ids.shape, (count, NUM_CAPTURED_LOGITS)),
+        "top_logprobs": (capture.top_logprobs.shape, (count, NUM_CAPTURED_LOGITS)),
+        "rest_logprob": (capture.rest_logprob.shape, (count,)),
+        "is_edit": (batch.is_edit.shape, (count,)),
+    }
+    for name, (got, want) in shapes.items():
+        if got != want:
+            raise CandidateRejected(
+                f"feedback {batch.feedback_id}: {name} has shape {got}; {count} positions of this "
+                f"model need {want}; capture the answer again"
+            )
+    hidden = np.asarray(capture.hidden, np.float32)
+    if not (np.isfinite(hidden).all() and hidden.any(axis=1).all()):
+        raise CandidateRejected(
+            f"feedback {batch.feedback_id}: a hidden state is zero, infinite or NaN; "
+            "nothing can be learned from it"
+        )
+    top, rest = capture.top_logprobs, capture.rest_logprob
+    if not (np.isfinite(top).all() and (top < 1e-2).all() and (rest < 1e-2).all()):  # NaN fails too
+        raise CandidateRejected(
+            f"feedback {batch.feedback_id}: a captured log-probability is above 0, infinite or "
+            "NaN; capture the answer again"
+        )
+    if count and (batch.targets < 0).any():
+        raise CandidateRejected(
+            f"feedback {batch.feedback_id}: target {int(batch.targets.min())} is no token id; "
+            "use ids of the served tokenizer"
+        )

@@ -1,0 +1,101 @@
+"""Taking a batch's positions and rows into a state, before anything is solved for them."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from adapters.base_rows import HeadRows, log_odds
+from adapters.batch import Batch
+from adapters.errors import CandidateRejected
+from adapters.solve import MAX_POSITIONS, MAX_ROWS, POSITION_BUCKETS, ROW_BUCKETS, bucket_of
+from adapters.state import Columns, HeadState, logit
+
+# A confirmed token keeps its fraction within these: a rare one is not protected to the last
+# digit, a certain one may lose a little.
+_LEAST_NEED, _MOST_NEED = 0.02, 0.99
+
+
+def admit(state: HeadState, batch: Batch) -> tuple[Batch, np.ndarray]:
+    """The positions there is room for, and the rows they bring: targets before base tokens."""
+    is_edit, targets = batch.is_edit, batch.targets
+    strongest = batch.capture.top_ids[is_edit, : state.config.num_base_rows]
+    wanted = np.concatenate([targets[is_edit], strongest.ravel(), targets[~is_edit]])
+    _, order = np.unique(wanted, return_index=True)
+    order.sort()
+    new = wanted[order]
+    new = new[~np.isin(new, state.base.row_ids)][: MAX_ROWS - state.base.num_rows]
+    room = MAX_POSITIONS - state.num_positions
+    is_row = np.isin(targets, np.concatenate([state.base.row_ids, new]))
+    if is_edit.sum() > room or not is_row[is_edit].all():
+        raise CandidateRejected(
+            f"the pattern holds {state.num_positions} positions on {state.base.num_rows} rows and "
+            f"has no room for {int(is_edit.sum())} more edits; at most {MAX_POSITIONS} and "
+            f"{MAX_ROWS} are solved together: remove feedback, or consolidate the pattern"
+        )
+    keep = is_row.copy()
+    spare = room - int(is_edit.sum())
+    keep[np.flatnonzero(is_row & ~is_edit)[spare:]] = False
+    return (batch if keep.all() else batch.taken(keep)), new.astype(np.int32)
+
+
+def grow(
+    state: HeadState, batch: Batch, row_ids: np.ndarray, head_rows: HeadRows
+) -> HeadState:
+    """Append positions and rows. The new positions are solved for by nobody yet."""
+    old, count = state.num_positions, state.num_positions + len(batch.targets)
+    shape = (
+        bucket_of(count, POSITION_BUCKETS),
+        bucket_of(state.base.num_rows + len(row_ids), ROW_BUCKETS),
+    )
+    base = state.base.with_rows(row_ids, head_rows, shape).with_positions(batch.capture, head_rows)
+    keys = state.keys.append(state.metric.apply(base.hidden.rows[old:]))
+    cross = base.hidden.rows[old:] @ keys.rows.T
+    gram = np.zeros((shape[0], shape[0]), np.float32)
+    gram[:old, :old] = state.gram[:old, :old]
+    gram[old:count, :count] = cross
+    gram[:old, old:count] = cross[:, :old].T
+    coefficients = np.zeros(shape, np.float32)
+    coefficients[: state.gram.shape[0], : state.coefficients.shape[1]] = state.coefficients
+    known = state.feedback_ids
+    ids = known if batch.feedback_id in known else (*known, batch.feedback_id)
+    grown = replace(
+        state, base=base, keys=keys, gram=gram, coefficients=coefficients, feedback_ids=ids
+    )
+    return replace(grown, columns=_columns(grown, batch, cross))
+
+
+def _columns(grown: HeadState, batch: Batch, cross: np.ndarray) -> Columns:
+    """The old columns and those of the batch; a constraint needs what it has by now."""
+    columns, config = grown.columns, grown.config
+    old, count = len(columns.target), grown.num_positions
+    row = grown.base.columns(batch.targets).astype(np.int32)
+    argmax = batch.capture.top_ids[:, 0]
+    need = np.full(count - old, logit(config.target_probability), np.float32)
+    if not batch.is_edit.all():
+        odds = _best_log_odds(grown, argmax, row, cross[:, :old])
+        kept = config.constraint_fraction / (1.0 + np.exp(-odds[~batch.is_edit]))
+        need[~batch.is_edit] = logit(kept.clip(_LEAST_NEED, _MOST_NEED))
+    no, yes = np.zeros(count - old, np.bool_), np.ones(count - old, np.bool_)
+    return columns.followed_by(Columns(
+        target=batch.targets.astype(np.int32), row=row, argmax=argmax,
+        argmax_logit=batch.capture.top_logprobs[:, 0],
+        feedback=np.full(count - old, grown.feedback_ids.index(batch.feedback_id), np.int32),
+        need=need, norm=cross[np.arange(count - old), np.arange(old, count)],
+        is_edit=batch.is_edit, is_active=yes, is_repeat=no, is_convention=no,
+        strength=np.zeros(count - old, np.float64),
+    ))  # fmt: skip
+
+
+def _best_log_odds(
+    grown: HeadState, argmax: np.ndarray, row: np.ndarray, cross: np.ndarray
+) -> np.ndarray:
+    """Log-odds of the new positions' targets, served or base, whichever is higher; float64.
+
+    The base's counts too: an edit may have pushed a token down that is now declared right.
+    """
+    columns, num_rows = grown.columns, grown.base.num_rows
+    old = len(columns.target)
+    base = grown.base.logits[old : old + len(row), :num_rows].astype(np.float64)
+    rest = grown.base.rest[old:].astype(np.float64)
+    shift = (cross + grown.features(argmax)) @ grown.coefficients[:old, :num_rows]
+    return np.maximum(log_odds(base, rest, row), log_odds(base + shift, rest, row))

@@ -1,0 +1,244 @@
+"""Head edits of one pattern, solved together: (state, batch) -> (state, report).
+
+An edit says: at hidden state h_j, where the base's argmax is c_j, token y_j must have probability
+p*. It shifts the logits of a query (h, c) by K(h, c; j) a_j, with a_j a vector over the pattern's
+rows and the kernel of the edit's form (see `adapters.forms`):
+
+  relabel      h^T M h_j + a hC [c = c_j]        "where you would have said c, here, say y"
+  convention   h^T M h_j + w hC                  "in this gate, say y"
+
+hC is the mean of h^T M h over generic states, so that a and w mean the same for every model.
+Edits with similar keys undo each other; so after a first step on the new ones, all positions,
+confirmed answers included, are stepped on in turn until each holds (`adapters.solve`).
+
+A state is a fold over its log. `remove` folds the rest of the log again from nothing: what is
+left is, to the bit, what would be there if the removed feedback had never come.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from adapters.base_rows import HeadRows
+from adapters.batch import Batch, check
+from adapters.errors import AdapterNotFound
+from adapters.forms import Evidence, conventions, extend_strength
+from adapters.grow import admit, grow
+from adapters.solve import Problem, solve
+from adapters.state import HeadState, logit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SolveReport:
+    """How a solve ended. It speaks of the given positions only: no claim about any other."""
+
+    num_edits: int
+    num_constraints: int
+    num_conventions: int  # edits in that form
+    num_rows: int
+    num_failing: int  # active positions below their bound
+    failing: tuple[str, ...]  # their feedbacks
+    min_probability: float  # over active edits; 1 without any
+    num_sweeps: int
+    num_steps: int
+    num_dropped: int  # constraints the pattern had no room for
+    conflicts_with: tuple[str, ...]  # feedbacks of which a position was replaced
+    is_settled: bool
+
+
+def add(state: HeadState, batch: Batch, head_rows: HeadRows) -> tuple[HeadState, SolveReport]:
+    """Take in a feedback's positions and step once on each new edit.
+
+    A state whose sweeps are due is settled first, so that a log always folds the same way.
+
+    Raises:
+      CandidateRejected: arrays that cannot be (see `batch.check`), or a pattern without room for
+        the edits. Constraints without room are dropped and counted.
+    """
+    check(batch, state.keys.rows.shape[1])
+    if not state.is_settled:
+        state, _ = settle(state)
+    admitted, row_ids = admit(state, batch)
+    num_dropped = len(batch.targets) - len(admitted.targets)
+    grown = grow(state, admitted, row_ids, head_rows)
+    if grown.num_positions == state.num_positions:
+        return replace(grown, log=(*state.log, batch)), _report(grown, (0, 0), num_dropped, ())
+    grown, conflicts = _replace_contradicted(grown, state.num_positions)
+    grown, is_first = _choose_forms(grown, state.num_positions)
+    grown, num_sweeps, num_steps = _solved(grown, is_first, 0)
+    grown = replace(grown, is_settled=False, log=(*state.log, batch))
+    return grown, _report(grown, (num_sweeps, num_steps), num_dropped, conflicts)
+
+
+def settle(state: HeadState) -> tuple[HeadState, SolveReport]:
+    """Sweep over all positions until each holds or nothing moves."""
+    if state.is_settled:
+        return state, _report(state, (0, 0), 0, ())
+    nothing = np.zeros(state.num_positions, np.bool_)
+    settled, num_sweeps, num_steps = _solved(state, nothing, state.config.max_sweeps)
+    settled = replace(settled, is_settled=True)
+    return settled, _report(settled, (num_sweeps, num_steps), 0, ())
+
+
+def learn(state: HeadState, batch: Batch, head_rows: HeadRows) -> tuple[HeadState, SolveReport]:
+    """`add`, then `settle`. The report is of the end, with what `add` replaced and dropped."""
+    added, first = add(state, batch, head_rows)
+    settled, last = settle(added)
+    return settled, replace(
+        last,
+        num_steps=first.num_steps + last.num_steps,
+        num_dropped=first.num_dropped,
+        conflicts_with=first.conflicts_with,
+    )
+
+
+def replay(empty: HeadState, log: Iterable[Batch], head_rows: HeadRows) -> HeadState:
+    """Learn a log from nothing."""
+    for batch in log:
+        empty, _ = learn(empty, batch, head_rows)
+    return empty
+
+
+def remove(state: HeadState, feedback_id: str, head_rows: HeadRows) -> HeadState:
+    """The state as if this feedback had never come. Raises AdapterNotFound if it did not."""
+    rest = [batch for batch in state.log if batch.feedback_id != feedback_id]
+    if len(rest) == len(state.log):
+        raise AdapterNotFound(
+            f"feedback {feedback_id} is not in this pattern's log of {len(state.log)} batches; "
+            "name one that was learned"
+        )
+    return replay(HeadState.empty(state.metric, state.config), rest, head_rows)
+
+
+def _replace_contradicted(state: HeadState, old: int) -> tuple[HeadState, tuple[str, ...]]:
+    """Put out of action what the positions from `old` on contradict: the newest word counts.
+
+    Two positions contradict each other when their keys cannot be told apart, their base argmax is
+    the same and their targets differ. A token that a corrected answer merely left standing is not
+    such a word: it gives way to what was learned before it.
+    """
+    columns = state.columns
+    count, new, past = state.num_positions, slice(old, None), slice(None, old)
+    cosine = state.gram[old:count, :old] / np.sqrt(
+        columns.norm[new, None] * columns.norm[None, past]
+    )
+    same = (
+        (cosine >= state.config.same_key_cosine)
+        & (columns.argmax[new, None] == columns.argmax[None, past])
+        & columns.is_active[None, past]
+        & (columns.feedback[new, None] != columns.feedback[None, past])
+    )
+    agrees = columns.target[new, None] == columns.target[None, past]
+    is_repeat = columns.is_repeat.copy()
+    is_repeat[new] = (same & agrees).any(1)
+    against = same & ~agrees
+    if not against.any():
+        return replace(state, columns=replace(columns, is_repeat=is_repeat)), ()
+    is_active = columns.is_active.copy()
+    is_left_standing = ~columns.is_edit[new] & _corrects(state, old)
+    is_active[new] &= ~(is_left_standing & against.any(1))
+    replaced = against[~is_left_standing].any(0)
+    is_active[past] &= ~replaced
+    coefficients = np.where(_padded(is_active, state)[:, None], state.coefficients, np.float32(0))
+    feedbacks = np.unique(columns.feedback[past][replaced])
+    columns = replace(columns, is_active=is_active, is_repeat=is_repeat)
+    return (
+        replace(state, columns=columns, coefficients=coefficients),
+        tuple(state.feedback_ids[index] for index in feedbacks),
+    )
+
+
+def _corrects(state: HeadState, old: int) -> bool:
+    """The feedback of the positions from `old` on corrected something, now or in an earlier batch.
+
+    A feedback without any edit is a confirmation: somebody vouched for the whole answer.
+    """
+    columns = state.columns
+    return bool(columns.is_edit[columns.feedback == columns.feedback[old]].any())
+
+
+def _choose_forms(state: HeadState, old: int) -> tuple[HeadState, np.ndarray]:
+    """Choose each target's form anew; who changed it starts from zero. Also who steps first [N]."""
+    columns, config, count = state.columns, state.config, state.num_positions
+    const = config.const_weight * state.metric.mean_norm
+    logits = state.base.logits[:count]
+    evidence = Evidence(
+        gram=state.gram[:count, :count], argmax=columns.argmax, target=columns.target,
+        feedback=columns.feedback, is_active=columns.is_active, is_member=columns.is_member,
+        is_repeat=columns.is_repeat, strength=columns.strength,
+    )  # fmt: skip
+    is_intact = columns.is_active[:old].all() or not columns.strength[:old][
+        ~columns.is_active[:old]
+    ].any()
+    known = columns.strength[: old if is_intact else 0]
+    own = np.take_along_axis(logits, columns.row[:, None], 1)[:, 0].astype(np.float64)
+    needed = logit(config.target_probability) - own + np.log1p(-np.exp(np.minimum(own, -1e-6)))
+    strength = extend_strength(known, evidence, needed, const)
+    taught = conventions(
+        replace(evidence, strength=strength), logits, columns.argmax_logit, columns.row, const
+    )
+    is_convention = columns.is_member & np.isin(columns.target, taught)
+    is_first = is_convention != columns.is_convention
+    coefficients = np.where(
+        _padded(is_first, state)[:, None], np.float32(0), state.coefficients
+    )
+    is_first[old:] = True
+    columns = replace(columns, strength=strength, is_convention=is_convention)
+    return replace(state, columns=columns, coefficients=coefficients), is_first & columns.is_edit
+
+
+def _padded(column: np.ndarray, state: HeadState) -> np.ndarray:
+    """A column as long as the solver's bucket."""
+    padded = np.zeros(state.gram.shape[0], column.dtype)
+    padded[: len(column)] = column
+    return padded
+
+
+def _solved(state: HeadState, is_first: np.ndarray, max_sweeps: int) -> tuple[HeadState, int, int]:
+    """Run the compiled program. Returns the sweeps and steps it took as well."""
+    columns, config, scale = state.columns, state.config, state.metric.mean_norm
+    weights = [config.token_weight * scale, config.const_weight * scale,
+               config.max_step, config.max_shift]  # fmt: skip
+    problem = Problem(
+        gram=state.gram,
+        logits=state.base.logits,
+        rest=_padded(state.base.rest, state),
+        need=_padded(columns.need, state),
+        argmax=_padded(columns.argmax, state),
+        target=_padded(columns.row, state),
+        is_convention=_padded(columns.is_convention, state),
+        is_active=_padded(columns.is_active, state),
+        is_first=_padded(is_first, state),
+        num_rows=np.int32(state.base.num_rows),
+        weights=np.array(weights, np.float32),
+    )
+    solution = solve(problem, state.coefficients, max_sweeps=max_sweeps)
+    solved = replace(
+        state,
+        coefficients=solution.coefficients,
+        log_odds=solution.log_odds[: state.num_positions],
+    )
+    return solved, int(solution.num_sweeps), int(solution.num_steps)
+
+
+def _report(
+    state: HeadState, effort: tuple[int, int], num_dropped: int, conflicts: tuple[str, ...]
+) -> SolveReport:
+    columns = state.columns
+    is_edit = columns.is_active & columns.is_edit
+    fails = columns.is_active & (state.log_odds < columns.need)
+    return SolveReport(
+        num_edits=int(is_edit.sum()),
+        num_constraints=int((columns.is_active & ~columns.is_edit).sum()),
+        num_conventions=int((columns.is_active & columns.is_convention).sum()),
+        num_rows=state.base.num_rows,
+        num_failing=int(fails.sum()),
+        failing=tuple(state.feedback_ids[i] for i in np.unique(columns.feedback[fails])),
+        min_probability=float(state.probabilities[is_edit].min(initial=1.0)),
+        num_sweeps=effort[0],
+        num_steps=effort[1],
+        num_dropped=num_dropped,
+        conflicts_with=conflicts,
+        is_settled=state.is_settled,
+    )

@@ -1,0 +1,221 @@
+"""The compiled solver: one step per edit, then replay sweeps until every position holds.
+
+Letters: N positions, J rows, both padded to a bucket. One program per pair of buckets; what is
+really there travels as masks and counts, so no feedback ever compiles anything.
+
+A position j with target y holds while its log-odds o_j = z'_y - logsumexp(all other z') reach
+need_j. A step on a position that does not adds tau * v_j to its logits, by way of its key:
+row v of every position i moves by K_ij tau v_j / K_jj.
+
+  relabel     v = e_y - q, with q the served softmax over the tokens other than y: the direction
+              e_y - p scaled so that v_y = 1
+  convention  v = e_y, whose tau = need - o_j is exact
+
+tau solves o_j(tau) = need_j + margin. -o_j is a log-sum-exp of lines in tau less a line, thus
+convex, with a slope between -2 and -1: Newton's method from 0 approaches from below and cannot
+overshoot, where a bisection would take 18 halvings.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+POSITION_BUCKETS = (32, 128, 512, 2048)
+ROW_BUCKETS = (64, 256, 1024)
+MAX_POSITIONS = POSITION_BUCKETS[-1]
+MAX_ROWS = ROW_BUCKETS[-1]
+
+# Log-odds aimed at beyond the need, so that a sweep ends strictly inside instead of creeping up
+# to the bound; 0.2 nat is p' = 0.992 for p* = 0.99.
+AIM_MARGIN = 0.2
+_NEWTON_STEPS = 8  # error below 1e-4 nat from 30 nats away
+_FLOOR = -1e30  # finite stand-in for -inf
+
+
+class Problem(NamedTuple):
+    """What the solver reads. Entries past the counts may hold anything, even NaN."""
+
+    gram: Float[Array, "N N"]  # h_i^T M h_j
+    logits: Float[Array, "N J"]  # base, relative to the base log-sum-exp
+    rest: Float[Array, " N"]  # log of the base mass outside the rows
+    need: Float[Array, " N"]  # log-odds at which a position holds
+    argmax: Int[Array, " N"]  # base argmax token
+    target: Int[Array, " N"]  # row of the right token, in [0, J)
+    is_convention: Bool[Array, " N"]
+    is_active: Bool[Array, " N"]
+    is_first: Bool[Array, " N"]  # stepped on before the sweeps
+    num_rows: Int[Array, ""]
+    weights: Float[Array, "4"]  # token feature, in-gate feature, max_step, max_shift
+
+
+class Solution(NamedTuple):
+    """What the solver found. Zero past the counts and for positions never stepped on."""
+
+    coefficients: Float[Array, "N J"]
+    log_odds: Float[Array, " N"]
+    num_sweeps: Int[Array, ""]
+    num_steps: Int[Array, ""]
+
+
+class _State(NamedTuple):
+    coefficients: Float[Array, "N J"]
+    logits: Float[Array, "N J"]  # served
+
+
+def kernel(problem: Problem) -> Float[Array, "N N"]:
+    """K_ij: how strongly edit j acts at position i. The form is that of the edit."""
+    same = problem.argmax[:, None] == problem.argmax[None, :]
+    token = jnp.where(same, problem.weights[0], jnp.float32(0))
+    extra = jnp.where(problem.is_convention[None, :], problem.weights[1], token)
+    both = problem.is_active[:, None] & problem.is_active[None, :]
+    return jnp.where(both, problem.gram + extra, jnp.float32(0))
+
+
+def _log_odds(
+    logits: Float[Array, "N J"], rest: Float[Array, " N"], target: Int[Array, " N"]
+) -> Float[Array, " N"]:
+    is_target = jnp.arange(logits.shape[1])[None, :] == target[:, None]
+    others = jnp.where(is_target, _FLOOR, logits)
+    peak = jnp.maximum(others.max(axis=1), rest)
+    total = jnp.exp(others - peak[:, None]).sum(axis=1) + jnp.exp(rest - peak)
+    own = jnp.take_along_axis(logits, target[:, None], axis=1)[:, 0]
+    return own - peak - jnp.log(total)
+
+
+def _step(problem: Problem, kernel_NN: Float[Array, "N N"], j: Int[Array, ""], state: _State):  # noqa: ANN202
+    """Move position j to its need, if it does not hold; returns the state and whether it moved."""
+    row, target, rest = state.logits[j], problem.target[j], problem.rest[j]
+    max_step, max_shift = problem.weights[2], problem.weights[3]
+    is_target = jnp.arange(row.shape[0]) == target
+    others = jnp.where(is_target, _FLOOR, row)
+    peak = jnp.maximum(others.max(), rest)
+    mass, rest_mass = jnp.exp(others - peak), jnp.exp(rest - peak)
+    total = mass.sum() + rest_mass
+    lead = row[target] - peak
+    push = jnp.where(problem.is_convention[j], jnp.float32(0), -mass / total)
+    direction = jnp.where(is_target, jnp.float32(1), push)
+
+    aim = problem.need[j] + AIM_MARGIN
+    tau = jnp.float32(0)
+    for _ in range(_NEWTON_STEPS):
+        moved = mass * jnp.exp(tau * direction)
+        moved_total = moved.sum() + rest_mass
+        gap = aim - (lead + tau - jnp.log(moved_total))
+        slope = jnp.float32(1) - (moved * direction).sum() / moved_total
+        tau = jnp.clip(tau + gap / slope, 0, max_step)
+    holds = lead - jnp.log(total) >= problem.need[j]
+    tau = jnp.where(holds, jnp.float32(0), tau)
+
+    own = kernel_NN[j, j]
+    old = state.coefficients[j]
+    new = jnp.clip(old + tau / own * direction, -max_shift / own, max_shift / own)
+    change = new - old
+    logits = state.logits + kernel_NN[:, j][:, None] * change[None, :]
+    has_moved = jnp.abs(change).max() * own > jnp.float32(1e-3)
+    return _State(state.coefficients.at[j].set(new), logits), has_moved.astype(jnp.int32)
+
+
+def _pass(
+    problem: Problem,
+    kernel_NN: Float[Array, "N N"],
+    candidates: Bool[Array, " N"],
+    state: _State,
+) -> tuple[_State, Int[Array, ""]]:
+    """One step on each candidate that does not hold now, in order; and how many moved."""
+    fails = candidates & (_log_odds(state.logits, problem.rest, problem.target) < problem.need)
+    order = jnp.argsort(~fails, stable=True)
+
+    def body(k: Int[Array, ""], carry: tuple[_State, Int[Array, ""]]):  # noqa: ANN202
+        inner, count = carry
+        inner, moved = _step(problem, kernel_NN, order[k], inner)
+        return inner, count + moved
+
+    return jax.lax.fori_loop(0, fails.sum(), body, (state, jnp.int32(0)))
+
+
+@jax.jit
+def _solve(problem: Problem, warm: Float[Array, "N J"], max_sweeps: Int[Array, ""]) -> Solution:
+    active = problem.is_active
+    cell = active[:, None] & (jnp.arange(warm.shape[1])[None, :] < problem.num_rows)
+    problem = problem._replace(
+        rest=jnp.where(active, problem.rest, jnp.float32(0)),
+        need=jnp.where(active, problem.need, jnp.float32(0)),
+        target=jnp.where(active, problem.target, 0),
+    )
+    kernel_NN = kernel(problem)
+    coefficients = jnp.where(cell, warm, jnp.float32(0))
+    logits = jnp.where(cell, problem.logits, _FLOOR) + kernel_NN @ coefficients
+    state, steps = _pass(problem, kernel_NN, active & problem.is_first, _State(coefficients, logits))
+
+    def sweep(carry: tuple[_State, Array, Array, Array]) -> tuple[_State, Array, Array, Array]:
+        inner, _, sweeps, total = carry
+        inner, moved = _pass(problem, kernel_NN, active, inner)
+        return inner, moved, sweeps + (moved > 0).astype(jnp.int32), total + moved
+
+    def unfinished(carry: tuple[_State, Array, Array, Array]) -> Bool[Array, ""]:
+        return (carry[1] > 0) & (carry[2] < max_sweeps)
+
+    start = (state, jnp.int32(1), jnp.int32(0), steps)
+    state, _, sweeps, steps = jax.lax.while_loop(unfinished, sweep, start)
+    log_odds = _log_odds(state.logits, problem.rest, problem.target)
+    return Solution(
+        state.coefficients, jnp.where(active, log_odds, jnp.float32(0)), sweeps, steps
+    )
+
+
+@functools.cache
+def _device() -> jax.Device:
+    """The host, also where an accelerator serves: hundreds of tiny dependent steps."""
+    try:
+        return jax.devices("cpu")[0]
+    except RuntimeError:  # the platform list leaves the host out
+        return jax.devices()[0]
+
+
+def solve(problem: Problem, warm: np.ndarray, *, max_sweeps: int) -> Solution:
+    """Step on the `is_first` positions, then sweep over all, starting from `warm`.
+
+    Takes and returns NumPy arrays of bucket shapes. Ends when every active position holds, when
+    no step moves anything (each failing one is at its bound), or after `max_sweeps`.
+    """
+    with jax.default_device(_device()):
+        solution = _solve(problem, warm, np.int32(max_sweeps))
+        return Solution(*(np.asarray(part) for part in solution))
+
+
+def bucket_of(count: int, buckets: Sequence[int]) -> int:
+    """The smallest bucket that holds `count`. The caller has checked that one does."""
+    return next(size for size in buckets if count <= size)
+
+
+def compile_buckets(
+    positions: Sequence[int] = POSITION_BUCKETS, rows: Sequence[int] = ROW_BUCKETS
+) -> int:
+    """Compile the program for all pairs of buckets, at start-up. Returns how many there are."""
+    for num_positions in positions:
+        for num_rows in rows:
+            solve(_blank(num_positions, num_rows), np.zeros((num_positions, num_rows), np.float32),
+                  max_sweeps=0)  # fmt: skip
+    return num_compiled()
+
+
+def num_compiled() -> int:
+    """Programs compiled so far in this process; constant after `compile_buckets`."""
+    return _solve._cache_size()
+
+
+def _blank(num_positions: int, num_rows: int) -> Problem:
+    per_position = np.zeros(num_positions, np.float32)
+    ids, flags = np.zeros(num_positions, np.int32), np.zeros(num_positions, np.bool_)
+    return Problem(
+        gram=np.zeros((num_positions, num_positions), np.float32),
+        logits=np.zeros((num_positions, num_rows), np.float32),
+        rest=per_position, need=per_position, argmax=ids, target=ids,
+        is_convention=flags, is_active=flags, is_first=flags,
+        num_rows=np.int32(0), weights=np.ones(4, np.float32),
+    )  # fmt: skip

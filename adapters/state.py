@@ -1,0 +1,108 @@
+"""What is known of one pattern: its positions, its rows and the coefficients of its edits."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from adapters.base_rows import BaseRows
+from adapters.batch import Batch
+from adapters.growing import Growing
+from adapters.head_config import HeadConfig
+from adapters.metric import KeyMetric
+
+
+def logit(probability: np.ndarray | float) -> np.ndarray:
+    """Log-odds, float64."""
+    value = np.asarray(probability, np.float64)
+    return np.log(value) - np.log1p(-value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Columns:
+    """What is known of each of N positions besides its base logits. All [N]."""
+
+    target: np.ndarray  # int32 token id
+    row: np.ndarray  # int32, row number of the target
+    argmax: np.ndarray  # int32, base argmax token
+    argmax_logit: np.ndarray  # float32, relative to the base log-sum-exp
+    feedback: np.ndarray  # int32, index into feedback_ids
+    need: np.ndarray  # float32, log-odds at which the position holds
+    norm: np.ndarray  # float32, h^T M h
+    is_edit: np.ndarray  # bool
+    is_active: np.ndarray  # bool, false once replaced
+    is_repeat: np.ndarray  # bool, see forms.Evidence
+    is_convention: np.ndarray  # bool
+    strength: np.ndarray  # float64, see forms.Evidence
+
+    @classmethod
+    def empty(cls) -> "Columns":
+        """No positions."""
+        kinds = {"is_edit": bool, "is_active": bool, "is_repeat": bool, "is_convention": bool,
+                 "need": np.float32, "norm": np.float32, "argmax_logit": np.float32,
+                 "strength": np.float64}  # fmt: skip
+        return cls(**{n: np.zeros(0, kinds.get(n, np.int32)) for n in cls.__slots__})
+
+    def followed_by(self, other: "Columns") -> "Columns":
+        """Both, in this order."""
+        return Columns(**{
+            n: np.concatenate([getattr(self, n), getattr(other, n)]) for n in self.__slots__
+        })  # fmt: skip
+
+    @property
+    def is_member(self) -> np.ndarray:
+        """Active corrections of a token the base had wrong."""
+        return self.is_active & self.is_edit & (self.argmax != self.target)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class HeadState:
+    """All that is known of one pattern's edits. Owned by one thread; never changed in place."""
+
+    metric: KeyMetric
+    config: HeadConfig
+    base: BaseRows
+    keys: Growing  # [N, D] float32, M h
+    gram: np.ndarray  # [N', N'] float32, h_i^T M h_j; garbage past N
+    columns: Columns
+    coefficients: np.ndarray  # [N', J'] float32, a_j; zero past N, J
+    log_odds: np.ndarray  # [N] float32, served
+    feedback_ids: tuple[str, ...] = ()
+    is_settled: bool = True  # the sweeps have run
+    log: tuple[Batch, ...] = field(default=())
+
+    @classmethod
+    def empty(cls, metric: KeyMetric, config: HeadConfig | None = None) -> "HeadState":
+        """Nothing learned."""
+        dim = metric.basis.shape[0]
+        return cls(
+            metric=metric,
+            config=config or HeadConfig(),
+            base=BaseRows.empty(dim),
+            keys=Growing.empty(dim, np.float32),
+            gram=np.zeros((0, 0), np.float32),
+            columns=Columns.empty(),
+            coefficients=np.zeros((0, 0), np.float32),
+            log_odds=np.zeros(0, np.float32),
+        )
+
+    @property
+    def num_positions(self) -> int:
+        """N, replaced ones included."""
+        return self.base.num_positions
+
+    @property
+    def num_edits(self) -> int:
+        """Active edits."""
+        return int((self.columns.is_active & self.columns.is_edit).sum())
+
+    @property
+    def probabilities(self) -> np.ndarray:
+        """Served probability of each position's target [N] float64; 0.5 where replaced."""
+        return 1.0 / (1.0 + np.exp(-self.log_odds.astype(np.float64)))
+
+    def features(self, argmax: np.ndarray) -> np.ndarray:
+        """The kernel less h^T M h, from queries with this base argmax [Q] to all edits: [Q, N]."""
+        columns, config, scale = self.columns, self.config, self.metric.mean_norm
+        token = config.token_weight * scale * (argmax[:, None] == columns.argmax[None, :])
+        const = config.const_weight * scale
+        return np.where(columns.is_convention, const, token).astype(np.float32)

@@ -1,0 +1,144 @@
+"""adapters.db: its tables, how a connection is opened, and what SQLite's errors mean here."""
+
+import os
+import sqlite3
+from pathlib import Path
+
+from adapters.errors import AdapterError, SnapshotCorrupt, StoreUnwritable
+
+_OLDEST_SQLITE = (3, 37)  # STRICT tables
+_BUSY_TIMEOUT_S = 5.0  # only a foreign tool can hold the lock: we write under a mutex
+
+# One tuple of statements per schema version. Released entries never change; add a new one.
+_MIGRATIONS: tuple[tuple[str, ...], ...] = (
+    (
+        # AUTOINCREMENT: a pattern's number is never given to another.
+        """
+        CREATE TABLE patterns (
+          pattern_id INTEGER PRIMARY KEY AUTOINCREMENT,
+          created REAL NOT NULL
+        ) STRICT
+        """,
+        """
+        CREATE TABLE slots (
+          slot_id INTEGER PRIMARY KEY,
+          tenant TEXT NOT NULL,
+          scope TEXT NOT NULL,
+          owner TEXT NOT NULL,
+          pattern_id INTEGER NOT NULL REFERENCES patterns (pattern_id),
+          UNIQUE (tenant, scope, owner, pattern_id)
+        ) STRICT
+        """,
+        """
+        CREATE TABLE versions (
+          slot_id INTEGER NOT NULL REFERENCES slots (slot_id),
+          number INTEGER NOT NULL CHECK (number > 0),
+          parent INTEGER NOT NULL,
+          restores INTEGER,
+          kind TEXT NOT NULL,
+          created REAL NOT NULL,
+          base_hash TEXT NOT NULL,
+          dim INTEGER NOT NULL,
+          is_gated INTEGER NOT NULL,
+          feedback_seqs TEXT NOT NULL,
+          report TEXT NOT NULL,
+          PRIMARY KEY (slot_id, number)
+        ) STRICT, WITHOUT ROWID
+        """,
+        # The arrays of a version, one safetensors blob per part. Compaction deletes these rows.
+        """
+        CREATE TABLE contents (
+          slot_id INTEGER NOT NULL,
+          number INTEGER NOT NULL,
+          part TEXT NOT NULL CHECK (part IN ('table', 'gate', 'state')),
+          sha256 BLOB NOT NULL,
+          bytes BLOB NOT NULL,
+          PRIMARY KEY (slot_id, number, part),
+          FOREIGN KEY (slot_id, number) REFERENCES versions (slot_id, number)
+        ) STRICT
+        """,
+        """
+        CREATE TRIGGER versions_are_immutable BEFORE UPDATE ON versions
+        BEGIN SELECT RAISE(ABORT, 'a version never changes'); END
+        """,
+    ),
+)
+
+
+def create(path: Path) -> None:
+    """Make the file, readable by its owner only, and bring it to the newest schema."""
+    if sqlite3.sqlite_version_info < _OLDEST_SQLITE:
+        raise AdapterError(
+            f"this Python carries SQLite {sqlite3.sqlite_version}; the store needs 3.37 or newer: "
+            "use a newer Python build"
+        )
+    try:
+        # SQLite gives its -wal and -shm files the mode of the database file.
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        connection = connect(path)
+        try:
+            _migrate(connection, path)
+        finally:
+            connection.close()
+    except OSError as error:
+        raise StoreUnwritable(
+            f"cannot open {path}: {error.strerror}; check its permissions"
+        ) from error
+    except sqlite3.Error as error:
+        raise translate(error, path) from error
+
+
+def connect(path: Path, *, is_reader: bool = False) -> sqlite3.Connection:
+    """Open a connection that any one thread at a time may use. Raises sqlite3.Error."""
+    connection = sqlite3.connect(
+        path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
+    )
+    connection.row_factory = sqlite3.Row
+    try:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")  # WAL: one sync per commit
+        connection.execute("PRAGMA foreign_keys = ON")
+        connection.execute("PRAGMA secure_delete = ON")  # compacted arrays leave the file
+        connection.execute(f"PRAGMA query_only = {'ON' if is_reader else 'OFF'}")
+    except sqlite3.Error:
+        connection.close()
+        raise
+    return connection
+
+
+def _migrate(connection: sqlite3.Connection, path: Path) -> None:
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if version > len(_MIGRATIONS):
+        raise AdapterError(
+            f"{path} has schema {version}, this SONA knows up to {len(_MIGRATIONS)}; start the "
+            "SONA that wrote it, or use another --data-dir"
+        )
+    for number, statements in enumerate(_MIGRATIONS[version:], start=version + 1):
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            for statement in statements:
+                connection.execute(statement)
+            connection.execute(f"PRAGMA user_version = {number}")
+            connection.execute("COMMIT")
+        except sqlite3.Error:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+
+
+def translate(error: sqlite3.Error, path: Path) -> AdapterError:
+    """The store's error for one of SQLite's."""
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+    if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY):
+        return StoreUnwritable(
+            f"the disk refused {path} ({error}); nothing was stored and the version before stays: "
+            "free space on that disk, or check it for errors"
+        )
+    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+        return SnapshotCorrupt(
+            f"{path} is damaged ({error}); stop the server and restore it from a backup, or move "
+            "it away to start without adapters"
+        )
+    return AdapterError(
+        f"{path}: {error}; check that no other program has it open and that it is writable"
+    )

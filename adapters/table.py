@@ -1,0 +1,212 @@
+"""From coefficients to the factored table that a head slot holds.
+
+The shift of a pattern is sum_j K(., j) a_j: one key per edit, one vector of row values per edit.
+Any factorisation a_j = sum_r mix[j, r] values[r] makes a table of rank R out of it. In this order:
+
+  merged     R = targets of conventions (their values are all e_y) + edits of other form.  Exact.
+  by row     R = rows: mix = a, values = the identity.                                     Exact.
+  truncated  values = the R directions of the rows in which the shift at the pattern's own
+             positions is largest, half of the weight on edits, half on constraints: the best
+             rank R for those states (Eckart and Young on the weighted shifts). All cases are
+             replayed on the result, and the report says what is left.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from adapters.base_rows import log_odds
+from adapters.errors import AdapterError
+from adapters.state import HeadState
+from engine import HeadTable
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableLimits:
+    """The size of a head slot."""
+
+    rank: int = 32
+    max_rows: int = 2048
+    max_tokens: int = 64  # distinct base tokens that edits answer to
+
+    def __post_init__(self) -> None:
+        if min(self.rank, self.max_rows, self.max_tokens) < 1:
+            raise AdapterError(
+                f"a head slot of rank {self.rank}, {self.max_rows} rows and {self.max_tokens} "
+                "token keys holds nothing; use at least 1 of each"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableReport:
+    """What became of the pattern's own positions in the table. Says nothing of others.
+
+    An edit is kept while its token is likelier than all others together, a constraint while it
+    holds. `before` is the untruncated solution, on the same positions.
+    """
+
+    form: Literal["merged", "by row", "truncated"]
+    rank: int
+    num_rows: int
+    num_tokens: int
+    num_dropped_rows: int
+    num_dropped_tokens: int
+    num_edits: int
+    num_kept_before: int
+    num_kept_after: int
+    num_constraints: int
+    num_holding_before: int
+    num_holding_after: int
+    min_probability_before: float  # over active edits; 1 without any
+    min_probability_after: float
+
+    @property
+    def is_exact(self) -> bool:
+        """The table says what the solution says, up to float32."""
+        return self.form != "truncated" and not (self.num_dropped_rows or self.num_dropped_tokens)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Factors:
+    form: Literal["merged", "by row", "truncated"]
+    mix: np.ndarray  # [N, R] float32, N all positions
+    values: np.ndarray  # [R, J] float32, J the kept rows
+
+
+def export(state: HeadState, limits: TableLimits | None = None) -> tuple[HeadTable, TableReport]:
+    """The table of a state's coefficients, within the limits, and what it keeps."""
+    limits = limits or TableLimits()
+    coefficients = state.coefficients[: state.num_positions, : state.base.num_rows]
+    rows = np.flatnonzero(coefficients.any(0))
+    num_dropped_rows = max(len(rows) - limits.max_rows, 0)
+    if num_dropped_rows:
+        energy = (_shifts(state, coefficients[:, rows]) ** 2).sum(0)
+        rows = np.sort(rows[np.argsort(-energy, kind="stable")[: limits.max_rows]])
+    factors = _factors(state, coefficients[:, rows], rows, limits.rank)
+    tokens, num_dropped_tokens = _tokens(state, factors, limits.max_tokens)
+    table = _table(state, factors, rows, tokens)
+    after = state.log_odds
+    if factors.form == "truncated" or num_dropped_rows or num_dropped_tokens:
+        after = _replayed(state, table, rows)
+    return table, _report(state, factors.form, table, after, (num_dropped_rows, num_dropped_tokens))
+
+
+def _factors(
+    state: HeadState, coefficients: np.ndarray, rows: np.ndarray, rank: int
+) -> _Factors:
+    columns = state.columns
+    used = coefficients.any(1)
+    singles = np.flatnonzero(used & ~columns.is_convention)
+    groups, group = np.unique(columns.row[used & columns.is_convention], return_inverse=True)
+    num_merged = len(groups) + len(singles)
+    if num_merged <= rank:
+        mix = np.zeros((len(used), num_merged), np.float32)
+        values = np.zeros((num_merged, len(rows)), np.float32)
+        members = np.flatnonzero(used & columns.is_convention)
+        place = np.searchsorted(rows, groups)  # a dropped row would lie elsewhere: value 0 below
+        is_kept = rows[place.clip(max=len(rows) - 1)] == groups if len(groups) else groups == 0
+        values[np.flatnonzero(is_kept), place[is_kept]] = 1.0
+        mix[members, group] = coefficients[members].sum(1)
+        mix[singles, len(groups) + np.arange(len(singles))] = 1.0
+        values[len(groups) :] = coefficients[singles]
+        return _Factors("merged", mix, values)
+    if len(rows) <= rank:
+        return _Factors("by row", coefficients, np.eye(len(rows), dtype=np.float32))
+    directions = _leading_directions(state, coefficients, rank)
+    return _Factors("truncated", coefficients @ directions, directions.T.copy())
+
+
+def _leading_directions(state: HeadState, coefficients: np.ndarray, rank: int) -> np.ndarray:
+    """Orthonormal directions of the rows [J, R] that carry most of the weighted shift."""
+    columns = state.columns
+    is_edit = columns.is_active & columns.is_edit
+    is_constraint = columns.is_active & ~columns.is_edit
+    weight = is_edit / max(is_edit.sum(), 1) + is_constraint / max(is_constraint.sum(), 1)
+    shifts = _shifts(state, coefficients).astype(np.float64) * np.sqrt(0.5 * weight)[:, None]
+    if shifts.shape[0] < shifts.shape[1]:
+        energy, left = np.linalg.eigh(shifts @ shifts.T)
+        kept = np.flatnonzero(energy > 1e-12 * energy[-1])[::-1][:rank]
+        return (shifts.T @ (left[:, kept] / np.sqrt(energy[kept]))).astype(np.float32)
+    return np.linalg.eigh(shifts.T @ shifts)[1][:, ::-1][:, :rank].astype(np.float32)
+
+
+def _shifts(state: HeadState, coefficients: np.ndarray) -> np.ndarray:
+    """The shift of each row at each of the pattern's positions [N, J]."""
+    count = state.num_positions
+    kernel = state.gram[:count, :count] + state.features(state.columns.argmax)
+    return kernel @ coefficients
+
+
+def _tokens(state: HeadState, factors: _Factors, limit: int) -> tuple[np.ndarray, int]:
+    """The base tokens that the table answers to, and how many were too weak to be kept."""
+    relabels = np.flatnonzero(factors.mix.any(1) & ~state.columns.is_convention)
+    tokens, inverse = np.unique(state.columns.argmax[relabels], return_inverse=True)
+    if len(tokens) <= limit:
+        return tokens, 0
+    strength = np.linalg.norm(factors.mix[relabels] @ factors.values, axis=1)
+    total = np.bincount(inverse, strength, len(tokens))
+    kept = np.sort(np.argsort(-total, kind="stable")[:limit])
+    return tokens[kept], len(tokens) - limit
+
+
+def _table(
+    state: HeadState, factors: _Factors, rows: np.ndarray, tokens: np.ndarray
+) -> HeadTable:
+    columns, config, scale = state.columns, state.config, state.metric.mean_norm
+    mix, is_convention = factors.mix, columns.is_convention
+    answers_to = (columns.argmax[:, None] == tokens[None, :]) & ~is_convention[:, None]
+    token_weight = np.float32(config.token_weight * scale)
+    const_weight = np.float32(config.const_weight * scale)
+    return HeadTable(
+        keys=mix.T @ state.keys.rows,
+        token_ids=tokens.astype(np.int32),
+        token_keys=mix.T @ answers_to.astype(np.float32) * token_weight,
+        const_keys=mix.T @ is_convention.astype(np.float32) * const_weight,
+        row_ids=state.base.row_ids[rows],
+        values=factors.values,
+    )
+
+
+def _replayed(state: HeadState, table: HeadTable, rows: np.ndarray) -> np.ndarray:
+    """Log-odds of the pattern's positions [N] under the table."""
+    columns = state.columns
+    reads = (columns.argmax[:, None] == table.token_ids[None, :]).astype(np.float32)
+    reaction = (
+        state.base.hidden.rows @ table.keys.T + reads @ table.token_keys.T + table.const_keys
+    )
+    logits = state.base.logits[: state.num_positions, : state.base.num_rows].astype(np.float64)
+    logits[:, rows] += reaction @ table.values
+    return log_odds(logits, state.base.rest.astype(np.float64), columns.row)
+
+
+def _report(
+    state: HeadState,
+    form: Literal["merged", "by row", "truncated"],
+    table: HeadTable,
+    after: np.ndarray,
+    dropped: tuple[int, int],
+) -> TableReport:
+    columns, before = state.columns, state.log_odds
+    is_edit = columns.is_active & columns.is_edit
+    is_constraint = columns.is_active & ~columns.is_edit
+
+    def probability(odds: np.ndarray) -> float:
+        return float(1.0 / (1.0 + np.exp(-float(odds[is_edit].min(initial=np.inf)))))
+
+    return TableReport(
+        form=form,
+        rank=len(table.keys),
+        num_rows=len(table.row_ids),
+        num_tokens=len(table.token_ids),
+        num_dropped_rows=dropped[0],
+        num_dropped_tokens=dropped[1],
+        num_edits=int(is_edit.sum()),
+        num_kept_before=int((before[is_edit] > 0).sum()),
+        num_kept_after=int((after[is_edit] > 0).sum()),
+        num_constraints=int(is_constraint.sum()),
+        num_holding_before=int((before >= columns.need)[is_constraint].sum()),
+        num_holding_after=int((after >= columns.need)[is_constraint].sum()),
+        min_probability_before=probability(before),
+        min_probability_after=probability(after),
+    )

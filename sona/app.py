@@ -1,0 +1,309 @@
+"""Composition: what exists, in which order it starts, in which order it stops.
+
+    start   data directory → ports → journal, store → model → engine → gates → learner → ready
+    stop    refuse → drain (grace) → cancel → learner → engine → journal, store → data directory
+"""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import Any, cast
+
+import jax
+import psutil
+
+from adapters.store import AdapterStore, LoadFailure
+from adapters.table import TableLimits
+from engine.client import EngineClient
+from sona.auth import Authenticator
+from sona.captures import CaptureRing
+from sona.checks import Limits
+from sona.config import SonaConfig
+from sona.control import ControlService
+from sona.datadir import DataDir
+from sona.events import EventBus
+from sona.feedback import FeedbackService, target_ids
+from sona.generic import load_or_embed
+from sona.http.app import build_app
+from sona.http.server import HttpServer
+from sona.inference import InferenceService
+from sona.journal import FeedbackRecord, Journal
+from sona.late import Late
+from sona.learning import LearningService
+from sona.loops.instant import InstantLoop
+from sona.loops.patterns import Patterns
+from sona.metrics import Metrics
+from sona.model import Progress, Warm, warm_up
+from sona.ports import ServerInfo
+from sona.routing import Routing
+from sona.rpc.server import Domain, RpcServer, build_server
+
+log = logging.getLogger(__name__)
+_PURGE_EVERY_S = 300.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Addresses:
+    """Where a running server answers."""
+
+    grpc: str
+    http: str
+    model: str
+
+
+@dataclass(slots=True)
+class _Stage:
+    """How the server feels, for probes."""
+
+    name: str = "starting"
+    ready: bool = False
+    alive: Callable[[], bool] = field(default=lambda: True)
+
+    def is_alive(self) -> bool:
+        return self.alive()
+
+    def is_ready(self) -> bool:
+        return self.ready
+
+    def stage(self) -> str:
+        return self.name
+
+
+def run(
+    config: SonaConfig, *, progress: Progress, on_ready: Callable[[Addresses], None]
+) -> None:
+    """Serve until SIGINT or SIGTERM. Blocking. Raises what start-up refuses."""
+    try:
+        asyncio.run(serve(config, progress=progress, on_ready=on_ready))
+    except ExceptionGroup as group:
+        if len(group.exceptions) == 1:  # the task group wraps what start-up refused
+            raise group.exceptions[0] from None
+        raise
+
+
+async def serve(
+    config: SonaConfig, *, progress: Progress, on_ready: Callable[[Addresses], None]
+) -> None:
+    """Serve until a signal arrives or the task is cancelled."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    async with running(config, progress=progress) as addresses:
+        on_ready(addresses)
+        await stop.wait()
+
+
+@contextlib.asynccontextmanager
+async def running(config: SonaConfig, *, progress: Progress) -> AsyncIterator[Addresses]:
+    """A server that answers while the context lasts."""
+    async with contextlib.AsyncExitStack() as stack:
+        data = stack.enter_context(contextlib.closing(DataDir(config.data.dir)))
+        stage, late = _Stage(), _LateDomain()
+        rpc = build_server(
+            late.domain(),
+            Authenticator(config.auth.key),
+            host=config.server.host,
+            port=config.server.grpc_port,
+            max_receive_bytes=config.server.max_receive_bytes,
+            observe=late.metrics.call_ended,
+        )
+        await rpc.start()
+        stack.push_async_callback(rpc.stop, 0.0)
+        http = await _start_http(stack, config, stage, late)
+        parts = await _start_parts(stack, config, data, stage, progress)
+        late.become(parts)
+        await rpc.serve()
+        stage.name, stage.ready = "serving", True
+        stack.push_async_callback(_drain, rpc, stage, config.server.drain_s)
+        yield Addresses(
+            grpc=f"{config.server.host}:{rpc.port}",
+            http=f"http://{config.server.host}:{http.port}",
+            model=parts.warm.info.name,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Parts:
+    """Everything behind the borders, once it is warm."""
+
+    warm: Warm
+    metrics: Metrics
+    inference: InferenceService
+    feedback: FeedbackService
+    learning: LearningService
+    control: ControlService
+    limits: Limits
+
+
+class _LateDomain:
+    """The borders' collaborators, bound before they are ready."""
+
+    def __init__(self) -> None:
+        names = ("inference", "feedback", "learning", "control", "limits")
+        self._late = {name: Late() for name in names}
+        self.metrics = _LateMetrics()
+
+    def domain(self) -> Domain:
+        """What the gRPC services hold."""
+        return Domain(**cast(dict[str, Any], self._late))
+
+    def become(self, parts: _Parts) -> None:
+        """Answer from now on."""
+        for name, late in self._late.items():
+            late.become(getattr(parts, name))
+        self.metrics.real = parts.metrics
+
+
+class _LateMetrics:
+    """Metrics carry the model's name; calls that end before it is known are not counted."""
+
+    def __init__(self) -> None:
+        self.real: Metrics | None = None
+
+    def call_ended(self, method: str, code: Any, seconds: float) -> None:
+        if self.real is not None:
+            self.real.call_ended(method, code, seconds)
+
+    def render(self) -> bytes:
+        return b"" if self.real is None else self.real.render()
+
+
+async def _start_http(
+    stack: contextlib.AsyncExitStack, config: SonaConfig, stage: _Stage, late: _LateDomain
+) -> HttpServer:
+    app = build_app(stage, late.metrics.render)
+    server = HttpServer(app, host=config.server.host, port=config.server.port)
+    tasks = await stack.enter_async_context(asyncio.TaskGroup())
+    tasks.create_task(server.serve())
+    await server.started()
+    stack.callback(server.stop)
+    return server
+
+
+async def _start_parts(
+    stack: contextlib.AsyncExitStack, config: SonaConfig, data: DataDir, stage: _Stage,
+    progress: Progress,
+) -> _Parts:
+    """Everything slow, with the ports already bound."""
+    retention_s = config.data.retention_s
+    journal = stack.enter_context(
+        contextlib.closing(Journal(data.journal_path, retention_s=retention_s))
+    )
+    store = stack.enter_context(contextlib.closing(AdapterStore(data.adapters_path)))
+
+    def staged(name: str, done: int, total: int) -> None:
+        stage.name = name
+        progress(name, done, total)
+
+    warm = await asyncio.to_thread(
+        warm_up, config.model, config.server.served_model_name, config.engine,
+        learns=config.learning.enabled, progress=staged,
+    )
+    engine = EngineClient(warm.model, warm.tokenizer, warm.plan, warm.runner)
+    stack.callback(engine.close)
+    stage.alive = lambda: engine.is_alive
+    generic = await load_or_embed(
+        engine, warm.tokenizer, data.cache_path, warm.info.base_hash, staged
+    )
+    routing = Routing(generic)
+    _publish_live(store, routing, warm.info.base_hash)
+    parts = _compose(config, warm, engine, journal, store, routing)
+    if config.learning.enabled:
+        parts.learning.loop.start()
+        stack.callback(parts.learning.loop.stop)
+    tasks = await stack.enter_async_context(asyncio.TaskGroup())
+    purging = tasks.create_task(_purge(journal))
+    stack.callback(purging.cancel)
+    return parts
+
+
+def _publish_live(store: AdapterStore, routing: Routing, base_hash: str) -> None:
+    """What was learned before is loaded, never computed again."""
+    for version in store.all_live(base_hash):
+        if isinstance(version, LoadFailure):
+            log.warning("%s version %d is not served: %s", version.slot, version.number,
+                        version.error)
+        else:
+            routing.publish(version)
+
+
+def _compose(
+    config: SonaConfig, warm: Warm, engine: EngineClient, journal: Journal, store: AdapterStore,
+    routing: Routing,
+) -> _Parts:
+    info, plan, events = warm.info, warm.plan, EventBus()
+    metrics = Metrics(
+        version=metadata.version("sona"), model=info.name, dtype=info.dtype,
+        base_hash=info.base_hash,
+    )
+    metrics.watch_engine(engine.stats)
+    metrics.watch_journal(journal.counts)
+    metrics.watch_adapters(lambda: len(store.slots()))
+    captures = CaptureRing(config.learning.capture_memory_bytes, config.data.retention_s)
+    limits = Limits(
+        model_names=(info.name,), max_model_len=plan.max_len, vocab_size=info.vocab_size,
+        max_correction_bytes=config.learning.max_correction_bytes,
+    )
+    table_limits = TableLimits(
+        rank=plan.head_rank, max_rows=plan.head_rows, max_tokens=plan.head_tokens
+    )
+    patterns = Patterns(store, journal, routing, warm.head_rows, table_limits, info.base_hash)
+
+    def targets(record: FeedbackRecord) -> tuple[int, ...]:
+        return target_ids(warm.tokenizer, record)
+
+    loop = InstantLoop(journal, patterns, engine, events, targets, metrics.instant_update)
+    running: dict[str, str] = {}
+    inference = InferenceService(
+        generator=engine, tokenizer=warm.tokenizer, routing=routing, store=store,
+        journal=journal, captures=captures, model=info, limits=limits,
+        keeps_captures=config.learning.enabled, running=running,
+    )
+    feedback = FeedbackService(
+        journal=journal, captures=captures, tokenizer=warm.tokenizer, routing=routing,
+        events=events, loop=loop if config.learning.enabled else None,
+    )
+    learning = LearningService(
+        store=store, journal=journal, patterns=patterns, events_bus=events, loop=loop,
+        is_enabled=config.learning.enabled,
+    )
+    control = ControlService(
+        info=_server_info(config, warm), generator=engine, running=running
+    )
+    return _Parts(
+        warm=warm, metrics=metrics, inference=inference, feedback=feedback, learning=learning,
+        control=control, limits=limits,
+    )
+
+
+def _server_info(config: SonaConfig, warm: Warm) -> ServerInfo:
+    return ServerInfo(
+        version=metadata.version("sona"),
+        model=warm.info,
+        plan=warm.plan,
+        platform=jax.default_backend(),
+        devices=tuple(str(device) for device in jax.devices()),
+        num_cpus=len(psutil.Process().cpu_affinity()),
+        memory_bytes=psutil.virtual_memory().total,
+        started=time.time(),
+        is_learning_enabled=config.learning.enabled,
+    )
+
+
+async def _purge(journal: Journal) -> None:
+    """Forget requests past their retention."""
+    while True:
+        await asyncio.wrap_future(journal.purge())
+        await asyncio.sleep(_PURGE_EVERY_S)
+
+
+async def _drain(rpc: RpcServer, stage: _Stage, grace_s: float) -> None:
+    """Refuse what is new, let what runs finish, cancel the rest."""
+    stage.name, stage.ready = "draining", False
+    await rpc.stop(grace_s)

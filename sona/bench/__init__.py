@@ -1,0 +1,1 @@
+"""Measurements: procedural tasks and the protocols that run them."""

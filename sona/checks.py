@@ -1,0 +1,209 @@
+"""What a call may say, checked once at the border. Every refusal names the field on the wire.
+
+What needs the tokenizer or the stored request (`check_prompt_len`, `check_correction`) is called
+by the domain as soon as it has them.
+"""
+
+import math
+from dataclasses import dataclass
+
+from engine.api import SamplingParams
+from sona.errors import InvalidField, ModelNotFound
+from sona.journal.records import Correction, Preference, Score, Verdict
+from sona.requests import (
+    AdapterChoice,
+    AdapterPin,
+    ChatPrompt,
+    FeedbackCall,
+    Prompt,
+    TextPrompt,
+    TokenPrompt,
+)
+
+MAX_LOGPROBS = 20
+MAX_STOPS = 16
+MAX_STOP_LEN = 256  # characters
+MAX_ID_LEN = 128  # characters of a request_id or feedback_id
+MAX_REMARK_BYTES = 16_384  # comment and metadata of one feedback
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What the running server allows. Made once at start-up."""
+
+    model_names: tuple[str, ...]  # names of the served model; the first is the preferred one
+    max_model_len: int  # tokens of prompt plus answer
+    vocab_size: int
+    max_correction_bytes: int = 65_536
+
+
+def check_id(name: str, value: str) -> None:
+    """Refuse an id that is empty, long, or not printable."""
+    if not value:
+        raise InvalidField(name, f"{name} is empty; send 1 to {MAX_ID_LEN} printable characters")
+    if len(value) > MAX_ID_LEN or not value.isprintable():
+        raise InvalidField(
+            name,
+            f"{name} has {len(value)} characters, or ones that cannot be printed; send 1 to "
+            f"{MAX_ID_LEN} printable characters",
+        )
+
+
+def check_model(model: str, limits: Limits) -> None:
+    """Refuse a model that is not served. Raises ModelNotFound."""
+    if model and model not in limits.model_names:
+        raise ModelNotFound(
+            f"model {model!r} is not served here; this server answers for "
+            f"{', '.join(limits.model_names)}, or leave model empty"
+        )
+
+
+def parse_adapter(text: str) -> AdapterChoice:
+    """Read "name", "name@version", "none" or "". Raises InvalidField."""
+    if not text:
+        return "own"
+    if text == "none":
+        return "none"
+    name, at, version = text.partition("@")
+    if not name or (at and not (version.isascii() and version.isdigit())):
+        raise InvalidField(
+            "adapter",
+            f'adapter is {text!r}; use a name, name@version with a whole number, "none" for the '
+            "base model, or nothing for what was learned for you",
+        )
+    return AdapterPin(name, int(version) if at else None)
+
+
+def check_prompt(prompt: Prompt, limits: Limits) -> None:
+    """Refuse a prompt that is empty or has tokens the model does not know."""
+    match prompt:
+        case TextPrompt(text):
+            if not text:
+                raise InvalidField("text", "the prompt is empty; send at least one character")
+        case ChatPrompt(messages):
+            if not messages:
+                raise InvalidField("messages", "the prompt has no messages; send at least one")
+            for index, message in enumerate(messages):
+                if not message.role:
+                    name = f"messages.messages[{index}].role"
+                    raise InvalidField(name, f"{name} is empty; use system, user or assistant")
+            if not any(message.content for message in messages):
+                raise InvalidField("messages", "every message is empty; send some content")
+        case TokenPrompt(ids):
+            if not ids:
+                raise InvalidField("token_ids", "the prompt has no tokens; send at least one")
+            check_token_ids("token_ids", ids, limits)
+
+
+def check_token_ids(name: str, ids: tuple[int, ...], limits: Limits) -> None:
+    """Refuse ids outside the vocabulary."""
+    worst = max(ids, default=0)
+    if worst >= limits.vocab_size or min(ids, default=0) < 0:
+        raise InvalidField(
+            name, f"{name} has {worst}; the vocabulary has the ids 0 to {limits.vocab_size - 1}"
+        )
+
+
+def check_prompt_len(num_tokens: int, limits: Limits) -> None:
+    """Refuse a prompt that leaves no room for an answer. Call it with the tokens counted."""
+    if num_tokens < 1:
+        raise InvalidField("input", "the prompt has no tokens; send at least one character")
+    if num_tokens >= limits.max_model_len:
+        raise InvalidField(
+            "input",
+            f"the prompt has {num_tokens} tokens; the context holds {limits.max_model_len} and an "
+            f"answer needs at least one, so send at most {limits.max_model_len - 1}",
+        )
+
+
+def check_sampling(sampling: SamplingParams, limits: Limits) -> None:
+    """Refuse sampling that no draw could follow."""
+    for name, value, is_allowed, allowed in (
+        (
+            "temperature",
+            sampling.temperature,
+            math.isfinite(sampling.temperature) and sampling.temperature >= 0,
+            "a finite number from 0 (greedy) up",
+        ),
+        ("top_p", sampling.top_p, 0 < sampling.top_p <= 1, "a number above 0, up to 1 (all)"),
+        ("top_k", sampling.top_k, sampling.top_k >= 0, "0 (all) or more"),
+        ("max_tokens", sampling.max_tokens, sampling.max_tokens >= 1, "1 or more"),
+        (
+            "seed",
+            sampling.seed,
+            sampling.seed is None or 0 <= sampling.seed <= MAX_SEED,
+            f"0 to {MAX_SEED}",
+        ),
+        (
+            "logprobs",
+            sampling.logprobs,
+            sampling.logprobs is None or 0 <= sampling.logprobs <= MAX_LOGPROBS,
+            f"0 to {MAX_LOGPROBS}",
+        ),
+    ):
+        if not is_allowed:
+            path = f"sampling.{name}"
+            raise InvalidField(path, f"{path} is {value}; use {allowed}")
+    if len(sampling.stop) > MAX_STOPS or len(sampling.stop_token_ids) > MAX_STOPS:
+        raise InvalidField("sampling.stop", f"too many stops; use at most {MAX_STOPS} of a kind")
+    for stop in sampling.stop:
+        if not 1 <= len(stop) <= MAX_STOP_LEN:
+            raise InvalidField(
+                "sampling.stop",
+                f"a stop text has {len(stop)} characters; use 1 to {MAX_STOP_LEN}",
+            )
+    check_token_ids("sampling.stop_token_ids", sampling.stop_token_ids, limits)
+
+
+def check_correction(correction: str, answer: str) -> None:
+    """Refuse a correction that says what the answer said. Call it with the answer at hand."""
+    if correction == answer:
+        raise InvalidField(
+            "correction",
+            "the correction equals the answer; send the text that should have been given, or "
+            "verdict PASS to confirm the answer",
+        )
+
+
+def parse_score(value: float) -> Score:
+    """A score in [0, 1]; NaN is refused."""
+    if not 0.0 <= value <= 1.0:
+        raise InvalidField("score", f"score is {value}; use a number from 0 (bad) to 1 (good)")
+    return Score(value)
+
+
+def check_feedback(call: FeedbackCall, limits: Limits) -> None:
+    """Refuse a feedback that can be told to be wrong without looking at its request."""
+    match call.signal:
+        case Correction(text):
+            _check_answer_text("correction", text, limits)
+        case Preference(chosen, rejected):
+            _check_answer_text("preference.chosen", chosen, limits)
+            _check_answer_text("preference.rejected", rejected, limits)
+            if chosen == rejected:
+                raise InvalidField(
+                    "preference", "chosen and rejected are the same text; send two answers"
+                )
+        case Score() | Verdict():
+            pass
+    num_bytes = len(call.comment.encode()) + sum(
+        len(key.encode()) + len(value.encode()) for key, value in call.metadata.items()
+    )
+    if num_bytes > MAX_REMARK_BYTES:
+        raise InvalidField(
+            "comment",
+            f"comment and metadata hold {num_bytes} bytes; they may hold {MAX_REMARK_BYTES}",
+        )
+
+
+def _check_answer_text(name: str, text: str, limits: Limits) -> None:
+    num_bytes = len(text.encode())
+    if num_bytes == 0:
+        raise InvalidField(name, f"{name} is empty; send the text that should have been given")
+    if num_bytes > limits.max_correction_bytes:
+        raise InvalidField(
+            name,
+            f"{name} has {num_bytes} bytes; the server takes {limits.max_correction_bytes} "
+            "(learning.max_correction_bytes): send a shorter one, or raise the setting",
+        )

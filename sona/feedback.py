@@ -1,0 +1,181 @@
+"""What was said about answers: bound to its request, aligned, committed, handed to the loop."""
+
+import asyncio
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from adapters.align import align
+from engine.text import Tokenizer
+from sona.auth import Principal
+from sona.captures import CaptureRing
+from sona.checks import check_correction
+from sona.errors import FeedbackNotFound, ForeignRequest, InvalidField
+from sona.events import EventBus
+from sona.journal import (
+    Choice,
+    Correction,
+    FeedbackDraft,
+    FeedbackOutcome,
+    FeedbackRecord,
+    Journal,
+    Positions,
+    RequestRecord,
+    is_learnable,
+)
+from sona.loops.instant import InstantLoop
+from sona.loops.lessons import captured_lesson, scored_lesson
+from sona.ports import Event, EventKind
+from sona.requests import FeedbackCall, Preview, PreviewEdit
+from sona.routing import Routing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeedbackService:
+    """Implements `sona.ports.Feedback`. The journal owns what is stored."""
+
+    journal: Journal
+    captures: CaptureRing
+    tokenizer: Tokenizer
+    routing: Routing
+    events: EventBus
+    loop: InstantLoop | None  # None: the server does not learn
+
+    async def submit(self, call: FeedbackCall, principal: Principal) -> FeedbackOutcome:
+        """Store a feedback; returns after its commit. Raises what `sona.ports.Feedback` lists."""
+        draft, positions = await asyncio.to_thread(self._prepared, call, principal)
+        outcome = await asyncio.wrap_future(self.journal.add_feedback(draft, positions))
+        if not outcome.is_duplicate:
+            record = outcome.record
+            accepted = Event(
+                time=record.created, kind=EventKind.FEEDBACK_ACCEPTED,
+                principal=record.principal, feedback_id=record.feedback_id,
+            )  # fmt: skip
+            self.events.emit(record.tenant, accepted)
+            if self.loop is not None and is_learnable(record.signal):
+                self.loop.notify(record)
+        return outcome
+
+    async def get(self, feedback_id: str, principal: Principal) -> FeedbackRecord:
+        """A feedback the caller may see: its own, or any of its tenant for an operator."""
+        record = await asyncio.to_thread(self.journal.feedback, principal.tenant, feedback_id)
+        if record.principal != principal.name and not principal.has_role("operator"):
+            raise FeedbackNotFound(
+                f"no feedback {feedback_id!r}; give the feedback_id of a submission of yours"
+            )
+        return record
+
+    async def preview(self, call: FeedbackCall, principal: Principal) -> Preview:
+        """What the feedback would change. Stores nothing."""
+        return await asyncio.to_thread(self._preview, call, principal)
+
+    def _request(self, call: FeedbackCall, principal: Principal) -> tuple[RequestRecord, Choice]:
+        request = self.journal.request(principal.tenant, call.request_id)
+        if request.principal != principal.name:
+            raise ForeignRequest(
+                f"request {call.request_id!r} was made by another principal; feedback comes from "
+                "whoever made the request"
+            )
+        if call.choice_index >= len(request.choices):
+            raise InvalidField(
+                "choice_index",
+                f"choice_index is {call.choice_index}; request {call.request_id!r} has "
+                f"{len(request.choices)} choices, counted from 0",
+            )
+        return request, request.choices[call.choice_index]
+
+    def _prepared(
+        self, call: FeedbackCall, principal: Principal
+    ) -> tuple[FeedbackDraft, Positions | None]:
+        """The draft, and what can be learned from the answer's own states."""
+        _, answer = self._request(call, principal)
+        positions = None
+        capture = self.captures.get(principal.tenant, call.request_id)
+        if isinstance(call.signal, Correction):
+            check_correction(call.signal.text, answer.text)
+            if capture is not None:
+                corrected = corrected_ids(self.tokenizer, call.signal.text, answer.token_ids)
+                positions = captured_lesson(answer.token_ids, corrected, capture)
+        elif is_learnable(call.signal) and capture is not None:
+            positions = scored_lesson(answer.token_ids, capture, is_confirmation=True)
+        draft = FeedbackDraft(
+            tenant=principal.tenant,
+            principal=principal.name,
+            feedback_id=call.feedback_id,
+            request_id=call.request_id,
+            choice_index=call.choice_index,
+            signal=call.signal,
+            comment=call.comment,
+            metadata=call.metadata,
+            created=time.time(),
+        )
+        return draft, positions
+
+    def _preview(self, call: FeedbackCall, principal: Principal) -> Preview:
+        request, answer = self._request(call, principal)
+        pattern_id = None
+        if request.prompt_vector is not None:
+            caller = (principal.tenant, principal.name)
+            live = self.routing.match(caller, request.prompt_vector)
+            pattern_id = None if live is None else live.slot.pattern_id
+        if not isinstance(call.signal, Correction):
+            would_learn = is_learnable(call.signal) and pattern_id is not None
+            return Preview(would_learn=would_learn, reason=_why(would_learn), pattern_id=pattern_id)
+        check_correction(call.signal.text, answer.text)
+        corrected = corrected_ids(self.tokenizer, call.signal.text, answer.token_ids)
+        edit = self._edit(principal.tenant, call.request_id, answer, corrected)
+        return Preview(would_learn=True, pattern_id=pattern_id, edits=(edit,))
+
+    def _edit(
+        self, tenant: str, request_id: str, answer: Choice, corrected: tuple[int, ...]
+    ) -> PreviewEdit:
+        """The first token that the correction changes."""
+        found = align(answer.token_ids, corrected)
+        old, new = found.generated_next, found.corrected_next
+        capture = self.captures.get(tenant, request_id)
+        probability = None
+        if capture is not None and new is not None and found.num_common < len(capture.hidden):
+            hit = np.flatnonzero(capture.top_ids[found.num_common] == new)
+            if len(hit):
+                probability = float(np.exp(capture.top_logprobs[found.num_common, hit[0]]))
+        return PreviewEdit(
+            position=found.num_common,
+            old_token_id=old,
+            old_text="" if old is None else self.tokenizer.decode([old]),
+            new_token_id=-1 if new is None else new,
+            new_text="" if new is None else self.tokenizer.decode([new]),
+            base_probability=probability,
+        )
+
+
+def corrected_ids(
+    tokenizer: Tokenizer, correction: str, answer_ids: tuple[int, ...]
+) -> tuple[int, ...]:
+    """The correction as the model would have said it: ids, and the end that the answer had.
+
+    An answer that was cut off has no end; the correction is then learned without one as well,
+    unless it is shorter than the answer, which only an end can say.
+    """
+    ids = tokenizer.encode_continuation(correction)
+    last = answer_ids[-1] if answer_ids else None
+    if last in tokenizer.eos_ids:
+        return (*ids, last)
+    is_beginning = answer_ids[: len(ids)] == tuple(ids)
+    return (*ids, min(tokenizer.eos_ids)) if is_beginning and tokenizer.eos_ids else tuple(ids)
+
+
+def target_ids(tokenizer: Tokenizer, record: FeedbackRecord) -> tuple[int, ...]:
+    """The ids a stored feedback asks for: the correction's, or the confirmed answer's own."""
+    if isinstance(record.signal, Correction):
+        return corrected_ids(tokenizer, record.signal.text, record.answer.token_ids)
+    return record.answer.token_ids
+
+
+def _why(would_learn: bool) -> str:
+    if would_learn:
+        return ""
+    return (
+        "stored, not learned: only corrections, PASS verdicts and scores of 1 on answers of a "
+        "learned pattern are learned"
+    )

@@ -1,0 +1,1 @@
+"""HTTP: metrics and probes. The OpenAI surface is not built yet."""

@@ -1,0 +1,47 @@
+"""journal.db: what was asked, what was answered, what was said about it."""
+
+from sona.journal.journal import Journal
+from sona.journal.records import (
+    AdapterSpan,
+    Choice,
+    Correction,
+    FeedbackDraft,
+    FeedbackKind,
+    FeedbackOutcome,
+    FeedbackRecord,
+    FeedbackState,
+    JournalCounts,
+    PatternFeedback,
+    PositionKind,
+    Positions,
+    Preference,
+    RequestRecord,
+    Score,
+    Signal,
+    StateChange,
+    Verdict,
+    is_learnable,
+)
+
+__all__ = [
+    "AdapterSpan",
+    "Choice",
+    "Correction",
+    "FeedbackDraft",
+    "FeedbackKind",
+    "FeedbackOutcome",
+    "FeedbackRecord",
+    "FeedbackState",
+    "Journal",
+    "JournalCounts",
+    "PatternFeedback",
+    "PositionKind",
+    "Positions",
+    "Preference",
+    "RequestRecord",
+    "Score",
+    "Signal",
+    "StateChange",
+    "Verdict",
+    "is_learnable",
+]

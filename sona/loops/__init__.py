@@ -1,0 +1,1 @@
+"""When to learn. What to learn is mathematics and lives in `adapters`."""

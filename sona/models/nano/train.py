@@ -1,0 +1,169 @@
+"""Train sona-nano from nothing: two cores, under an hour.
+
+The schedule follows the clock, so a run on a slower machine ends in time with fewer steps.
+"""
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+from tokenizers import Tokenizer
+
+from engine.model import load_checkpoint, save_checkpoint
+from sona.bench.tasks import TWO_VOICED
+from sona.models.nano import tokenizer as tokens_of_nano
+from sona.models.nano.data import SHARES, BackgroundBatches, Mixture, corpus
+from sona.models.nano.evaluate import Predict, held_out_accuracy
+from sona.models.nano.model import CONFIG, TrainState, losses, new_state, to_device, train_step
+
+Say = Callable[[str], None]
+
+_WARMUP = 0.02  # fraction of the run
+_CORPUS_ITEMS = 30_000
+_EVALUATED_ITEMS = 96  # per family, on the way; the last figures use _FINAL_ITEMS
+_FINAL_ITEMS = 500
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainPlan:
+    """How long and on what."""
+
+    minutes: float = 45.0  # of training; compilation and evaluation included
+    max_steps: int | None = None  # ends earlier after this many steps
+    seed: int = 0
+    tokens_per_batch: int = 2048
+    prompt_weight: float = 0.1  # loss weight of prompt tokens against 1 for answer tokens
+    evaluate_every_s: float = 180.0
+
+
+def train_nano(
+    out_dir: Path, *, plan: TrainPlan | None = None, resume: bool = False, say: Say = print
+) -> dict[str, float]:
+    """Train, saving to `out_dir` on the way; returns the final held-out accuracy per family.
+
+    `resume` continues from the state in `out_dir` where there is one.
+    """
+    plan = TrainPlan() if plan is None else plan
+    out_dir = out_dir.resolve()
+    tokenizer = tokens_of_nano.build(corpus(_CORPUS_ITEMS, seed=0))
+    tokens_of_nano.save(tokenizer, out_dir)
+    run = _Run(plan, out_dir, tokenizer, say)
+    if resume:
+        run.restore()
+    run.loop()
+    return final_figures(out_dir, tokenizer, say)
+
+
+def final_figures(directory: Path, tokenizer: Tokenizer, say: Say) -> dict[str, float]:
+    """Held-out accuracy of the saved, rounded checkpoint."""
+    model = load_checkpoint(directory)
+    figures = held_out_accuracy(
+        _predictor(model.graph, lambda: model.params), tokenizer, num_items=_FINAL_ITEMS, seed=11
+    )
+    say("final " + _shown(figures))
+    return figures
+
+
+class _Run:
+    """One training run: its state, its clock, its files."""
+
+    def __init__(self, plan: TrainPlan, out_dir: Path, tokenizer: Tokenizer, say: Say) -> None:
+        self._plan, self._out_dir, self._say = plan, out_dir, say
+        self._tokenizer = tokenizer
+        self._graph, self._state = new_state(plan.seed)
+        self._step = functools.partial(
+            jax.jit(train_step, static_argnums=0, donate_argnums=1), self._graph
+        )
+        self._predict = _predictor(self._graph, lambda: self._state.average)
+        self._num_steps = 0
+        self._elapsed_before_s = 0.0
+        self._began = time.monotonic()
+        self._loss = 0.0
+
+    @property
+    def _elapsed_s(self) -> float:
+        return self._elapsed_before_s + time.monotonic() - self._began
+
+    def loop(self) -> None:
+        """Train until the time or the steps are used up, then save."""
+        seed = (self._plan.seed, self._num_steps)  # a resumed run draws fresh examples
+        mixture = Mixture(self._tokenizer, seed, prompt_weight=self._plan.prompt_weight)
+        evaluated_s = self._elapsed_s
+        with BackgroundBatches(mixture, self._plan.tokens_per_batch) as batches:
+            while (progress := self._progress()) < 1.0:
+                batch = to_device(batches.next())
+                rate = jnp.asarray(min(progress / _WARMUP, 1.0 - progress), jnp.float32)
+                rate = jnp.minimum(jnp.maximum(rate, 1e-3), 1.0)
+                self._state, loss = self._step(self._state, batch, rate)
+                self._loss += 0.02 * (float(loss) - self._loss)
+                self._num_steps += 1
+                if self._elapsed_s - evaluated_s > self._plan.evaluate_every_s:
+                    mixture.set_shares(self._evaluate())
+                    self._save()
+                    evaluated_s = self._elapsed_s
+        self._save()
+
+    def _progress(self) -> float:
+        by_steps = self._num_steps / (self._plan.max_steps or np.inf)
+        return max(self._elapsed_s / (60 * self._plan.minutes), by_steps)
+
+    def _evaluate(self) -> dict[str, float]:
+        """Print held-out accuracy; the shares for what follows, more where more is missing."""
+        figures = held_out_accuracy(
+            self._predict, self._tokenizer, num_items=_EVALUATED_ITEMS, seed=self._num_steps
+        )
+        self._say(
+            f"{self._elapsed_s / 60:5.1f} min  step {self._num_steps}  loss {self._loss:.4f}  "
+            + _shown(figures)
+        )
+        return {
+            name: share * (0.4 + (0.0 if name in TWO_VOICED else min(4 * (1 - figures[name]), 1.6)))
+            for name, share in SHARES.items()
+        }
+
+    def _save(self) -> None:
+        """The served files at once; the training state beside them."""
+        save_checkpoint(self._out_dir, CONFIG, self._state.average)
+        clock = np.asarray([self._num_steps, self._elapsed_s])
+        with ocp.StandardCheckpointer() as checkpointer:
+            path = self._out_dir / "training_state"
+            checkpointer.save(path, {"state": _leaves(self._state), "clock": clock}, force=True)
+
+    def restore(self) -> None:
+        """Continue from the state in the directory; nothing happens where there is none."""
+        path = self._out_dir / "training_state"
+        if not path.is_dir():
+            return
+        like = {"state": _leaves(self._state), "clock": np.zeros(2)}
+        with ocp.StandardCheckpointer() as checkpointer:
+            saved = checkpointer.restore(path, like)
+        structure = jax.tree.structure(self._state)
+        leaves = [saved["state"][f"{i:04d}"] for i in range(structure.num_leaves)]
+        self._state = jax.tree.unflatten(structure, leaves)
+        self._num_steps, self._elapsed_before_s = int(saved["clock"][0]), float(saved["clock"][1])
+        self._began = time.monotonic()
+
+
+def _leaves(state: TrainState) -> dict[str, jax.Array]:
+    return {f"{i:04d}": leaf for i, leaf in enumerate(jax.tree.leaves(state))}
+
+
+def _predictor(graph: nnx.GraphDef, params: Callable[[], nnx.State]) -> Predict:
+    run = functools.partial(jax.jit(losses, static_argnums=0), graph)
+
+    def predict(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        found = run(params(), tokens)
+        return np.asarray(found.nll), np.asarray(found.best)
+
+    return predict
+
+
+def _shown(figures: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.3f}" for name, value in figures.items())

@@ -1,0 +1,1 @@
+"""gRPC: parse, delegate, convert. One error table, one server."""

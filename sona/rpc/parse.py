@@ -1,0 +1,189 @@
+"""From the wire to calls: parse, refuse what is not built by name, check."""
+
+from collections.abc import Iterable
+from typing import Protocol, cast
+
+from google.protobuf.message import Message
+
+from engine.api import SamplingParams
+from sona import checks
+from sona.checks import Limits
+from sona.errors import InvalidField, NotBuilt
+from sona.journal.records import Correction, Preference, Signal, Verdict
+from sona.requests import (
+    ChatMessage,
+    ChatPrompt,
+    EmbedCall,
+    FeedbackCall,
+    GenerateCall,
+    Prompt,
+    TextPrompt,
+    TokenPrompt,
+    new_id,
+)
+from sona.v1 import feedback_pb2, inference_pb2
+
+# Set to anything, they ask for what this version does not do.
+_UNBUILT_REQUEST = ("constraint", "session_id", "cache_salt", "metadata")
+# The same, but for one value that asks for nothing.
+_UNBUILT_SAMPLING: dict[str, float | None] = {
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "min_tokens": 0,
+    "logit_bias": None,
+    "prompt_logprobs": None,
+}
+
+
+class _Input(Protocol):
+    """The part of a message that carries a prompt."""
+
+    text: str
+
+    @property
+    def messages(self) -> inference_pb2.Messages: ...
+    @property
+    def token_ids(self) -> inference_pb2.TokenIds: ...
+
+
+def generate_call(request: inference_pb2.GenerateRequest, limits: Limits) -> GenerateCall:
+    """Raises InvalidField, ModelNotFound, NotBuilt."""
+    set_fields = _set_fields(request)
+    for name in _UNBUILT_REQUEST:
+        if name in set_fields:
+            raise NotBuilt(f"{name} is not built yet in this version; leave it out")
+    if request.use_patterns:
+        raise NotBuilt("use_patterns is not built yet in this version; leave it out or false")
+    if request.priority:
+        raise NotBuilt("priority is not built yet in this version; leave it out or 0")
+    if request.request_id:
+        checks.check_id("request_id", request.request_id)
+    call = GenerateCall(
+        prompt=prompt(request),
+        model=request.model,
+        sampling=sampling(request.sampling),
+        adapter=checks.parse_adapter(request.adapter),
+        learn=request.learn if request.HasField("learn") else True,
+        request_id=request.request_id or new_id(),
+    )
+    checks.check_model(call.model, limits)
+    checks.check_prompt(call.prompt, limits)
+    checks.check_sampling(call.sampling, limits)
+    return call
+
+
+def sampling(params: inference_pb2.SamplingParams) -> SamplingParams:
+    """Raises NotBuilt. What is not set keeps the engine's default."""
+    set_fields = _set_fields(params)
+    for name, neutral in _UNBUILT_SAMPLING.items():
+        if name in set_fields and getattr(params, name) != neutral:
+            raise NotBuilt(f"sampling.{name} is not built yet in this version; leave it out")
+    if params.HasField("n") and params.n != 1:
+        if params.n == 0:
+            raise InvalidField("sampling.n", "sampling.n is 0; use 1")
+        raise NotBuilt("sampling.n above 1 is not built yet in this version; send the call again")
+    chosen = {
+        name: getattr(params, name)
+        for name in (
+            "temperature",
+            "top_k",
+            "top_p",
+            "seed",
+            "max_tokens",
+            "ignore_eos",
+            "logprobs",
+        )
+        if name in set_fields
+    }
+    return SamplingParams(
+        **chosen, stop=tuple(params.stop), stop_token_ids=tuple(params.stop_token_ids)
+    )
+
+
+def embed_call(request: inference_pb2.EmbedRequest, limits: Limits) -> EmbedCall:
+    """Raises InvalidField, ModelNotFound."""
+    call = EmbedCall(prompt=prompt(request), model=request.model)
+    checks.check_model(call.model, limits)
+    checks.check_prompt(call.prompt, limits)
+    return call
+
+
+def prompt(request: Message) -> Prompt:
+    """The prompt of a message with a oneof `input`. Raises InvalidField when none is set."""
+    fields = cast(_Input, request)
+    match request.WhichOneof("input"):
+        case "text":
+            return TextPrompt(fields.text)
+        case "messages":
+            turns = fields.messages.messages
+            return ChatPrompt(tuple(ChatMessage(turn.role, turn.content) for turn in turns))
+        case "token_ids":
+            return TokenPrompt(tuple(fields.token_ids.ids))
+        case _:
+            raise InvalidField("input", "there is no prompt; set text, messages or token_ids")
+
+
+def feedback_call(request: feedback_pb2.SubmitFeedbackRequest, limits: Limits) -> FeedbackCall:
+    """Raises InvalidField."""
+    checks.check_id("feedback_id", request.feedback_id)
+    return _checked(
+        FeedbackCall(
+            feedback_id=request.feedback_id,
+            request_id=request.request_id,
+            choice_index=request.choice_index,
+            signal=_signal(request),
+            comment=request.comment,
+            metadata=dict(request.metadata),
+        ),
+        limits,
+    )
+
+
+def preview_call(request: feedback_pb2.PreviewFeedbackRequest, limits: Limits) -> FeedbackCall:
+    """Raises InvalidField."""
+    return _checked(
+        FeedbackCall(
+            feedback_id="",
+            request_id=request.request_id,
+            choice_index=request.choice_index,
+            signal=_signal(request),
+        ),
+        limits,
+    )
+
+
+def _checked(call: FeedbackCall, limits: Limits) -> FeedbackCall:
+    checks.check_id("request_id", call.request_id)
+    checks.check_feedback(call, limits)
+    return call
+
+
+def _signal(
+    request: feedback_pb2.SubmitFeedbackRequest | feedback_pb2.PreviewFeedbackRequest,
+) -> Signal:
+    match request.WhichOneof("signal"):
+        case "score":
+            return checks.parse_score(request.score)
+        case "correction":
+            return Correction(request.correction)
+        case "preference":
+            return Preference(request.preference.chosen, request.preference.rejected)
+        case "verdict":
+            if request.verdict == feedback_pb2.VERDICT_UNSPECIFIED:
+                raise InvalidField("verdict", "verdict is not said; use VERDICT_PASS or _FAIL")
+            if request.verdict not in (feedback_pb2.VERDICT_PASS, feedback_pb2.VERDICT_FAIL):
+                raise InvalidField(
+                    "verdict", f"verdict is {request.verdict}; use VERDICT_PASS or VERDICT_FAIL"
+                )
+            return Verdict(request.verdict == feedback_pb2.VERDICT_PASS)
+        case _:
+            raise InvalidField(
+                "signal", "nothing is said; set score, correction, preference or verdict"
+            )
+
+
+def _set_fields(message: Message) -> frozenset[str]:
+    fields: Iterable[str] = (descriptor.name for descriptor, _ in message.ListFields())
+    return frozenset(fields)
