@@ -33,18 +33,11 @@ _LEAST_REMAINDER = 2.0**-10
 _LOG_FLOOR = -200.0  # stands in for log 0
 
 
-def _row_logits(
-    hidden: Float[np.ndarray, "N D"], rows: Float[np.ndarray, "J D"]
-) -> Float[np.ndarray, "N J"]:
-    return hidden @ rows.T
-
-
 def log_norms(
     hidden: Float[np.ndarray, "N D"], capture: Capture, head_rows: HeadRows
 ) -> Float[np.ndarray, " N"]:
     """The base log-sum-exp l of each position, from the captured argmax's logit."""
-    argmax, inverse = np.unique(capture.top_ids[:, 0], return_inverse=True)
-    weights = np.asarray(head_rows(argmax), np.float32)[inverse]
+    weights = np.asarray(head_rows(capture.top_ids[:, 0]), np.float32)
     logits = np.einsum("nd,nd->n", hidden, weights)
     return logits - capture.top_logprobs[:, 0]
 
@@ -165,46 +158,60 @@ class BaseRows:
         order = np.argsort(self.row_ids, kind="stable")
         return order[np.searchsorted(self.row_ids, token_ids, sorter=order)]
 
-    def with_rows(
-        self, token_ids: Int[np.ndarray, " J"], head_rows: HeadRows, shape: tuple[int, int]
+    def extended(
+        self,
+        row_ids: Int[np.ndarray, " J"],
+        capture: Capture,
+        head_rows: HeadRows,
+        shape: tuple[int, int],
     ) -> "BaseRows":
-        """Add rows, distinct and new, for all positions. `shape` is the padded [N', J']."""
-        logits = self._padded(shape)
-        if len(token_ids) == 0:
-            return replace(self, logits=logits)
-        weights = np.asarray(head_rows(token_ids), np.float32)
-        first, last = self.num_rows, self.num_rows + len(token_ids)
+        """Add rows, distinct and new, then positions. `shape` is the padded [N', J'].
+
+                          old rows     new rows
+          old positions   kept         _join_rows
+          new positions   ------ _join_positions ------
+        """
+        logits = np.zeros(shape, np.float32)
+        old = np.s_[: self.num_positions, : self.num_rows]
+        logits[old] = self.logits[old]
+        joined = self._join_rows(row_ids, head_rows, logits) if len(row_ids) else self
+        return joined._join_positions(capture, head_rows, logits)
+
+    def _join_rows(
+        self, row_ids: Int[np.ndarray, " J"], head_rows: HeadRows, logits: Float[np.ndarray, "N J"]
+    ) -> "BaseRows":
+        weights = np.asarray(head_rows(row_ids), np.float32)
         block = _block(
-            _row_logits(self.hidden.rows, weights) - self.log_norm[:, None],
-            self.top_ids.rows, self.top_logprobs.rows, self.rest_logprob, token_ids,
+            self.hidden.rows @ weights.T - self.log_norm[:, None],
+            self.top_ids.rows, self.top_logprobs.rows, self.rest_logprob, row_ids,
         )  # fmt: skip
-        logits[: self.num_positions, first:last] = block.logits
-        covered = self.covered | block.captured
-        uncovered = self.uncovered.copy()
+        last = self.num_rows + len(row_ids)
+        logits[: self.num_positions, self.num_rows : last] = block.logits
+        covered, uncovered = self.covered | block.captured, self.uncovered.copy()
         changed = block.captured.any(1)
-        uncovered[changed] = _log_uncovered(self.top_logprobs.rows[changed], covered[changed])
+        if changed.any():
+            uncovered[changed] = _log_uncovered(self.top_logprobs.rows[changed], covered[changed])
         return replace(
             self,
-            row_ids=np.concatenate([self.row_ids, token_ids.astype(np.int32)]),
+            row_ids=np.concatenate([self.row_ids, row_ids.astype(np.int32)]),
             row_weights=self.row_weights.append(weights),
-            logits=logits,
             covered=covered,
             uncovered=uncovered,
             gathered=self.gathered + block.gathered,
         )
 
-    def with_positions(self, capture: Capture, head_rows: HeadRows) -> "BaseRows":
-        """Add positions. `with_rows` has made room for them."""
+    def _join_positions(
+        self, capture: Capture, head_rows: HeadRows, logits: Float[np.ndarray, "N J"]
+    ) -> "BaseRows":
         hidden = np.asarray(capture.hidden, np.float32)
-        norm = log_norms(hidden, capture, head_rows).astype(np.float32)
+        norm = log_norms(hidden, capture, head_rows)
         rest = np.maximum(capture.rest_logprob, np.float32(_LOG_FLOOR))
         block = _block(
-            _row_logits(hidden, self.row_weights.rows) - norm[:, None],
+            hidden @ self.row_weights.rows.T - norm[:, None],
             capture.top_ids, capture.top_logprobs, rest, self.row_ids,
         )  # fmt: skip
-        first, last = self.num_positions, self.num_positions + len(hidden)
-        logits = self.logits.copy()
-        logits[first:last, : self.num_rows] = block.logits
+        last = self.num_positions + len(hidden)
+        logits[self.num_positions : last, : self.num_rows] = block.logits
         uncovered = _log_uncovered(capture.top_logprobs, block.captured)
         return replace(
             self,
@@ -218,10 +225,3 @@ class BaseRows:
             uncovered=np.concatenate([self.uncovered, uncovered]),
             gathered=np.concatenate([self.gathered, block.gathered]),
         )
-
-    def _padded(self, shape: tuple[int, int]) -> Float[np.ndarray, "N J"]:
-        logits = np.zeros(shape, np.float32)
-        logits[: self.num_positions, : self.num_rows] = self.logits[
-            : self.num_positions, : self.num_rows
-        ]
-        return logits

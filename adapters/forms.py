@@ -42,32 +42,29 @@ class Evidence:
     is_active: Bool[np.ndarray, " N"]
     is_member: Bool[np.ndarray, " N"]
     is_repeat: Bool[np.ndarray, " N"]  # says again what an earlier position with the same key said
-    strength: Float[np.ndarray, " N"]  # alpha; zero for those that are no member
 
 
 def extend_strength(
-    known: Float[np.ndarray, " K"], evidence: Evidence, needed: Float[np.ndarray, " N"], const: float
+    known: Float[np.ndarray, " K"], evidence: Evidence, needed: Float[np.ndarray, " L"], const: float
 ) -> Float[np.ndarray, " N"]:
-    """The trial's strengths of all N positions, given those of the first K.
+    """The trial's strengths alpha of all N positions, given those of the first K; 0 for no member.
 
-    `needed` is the shift in nats with which a member's target reaches its probability; `const`
-    the in-gate feature. `evidence.strength` is not read.
+    `needed` is the shift in nats with which the target of each of the L others would reach its
+    probability; `const` the in-gate feature.
     """
-    strength = np.zeros(len(needed), np.float64)
-    strength[: len(known)] = known
-    for new in range(len(known), len(needed)):
-        if not evidence.is_member[new]:
-            continue
+    strength = np.concatenate([known, np.zeros(len(needed))])
+    for new in len(known) + np.flatnonzero(evidence.is_member[len(known) :]):
         same = np.flatnonzero(
             evidence.is_member[:new] & (evidence.target[:new] == evidence.target[new])
         )
         reached = strength[same] @ (evidence.gram[new, same] + const)
-        strength[new] = max(needed[new] - reached, 0.0) / (evidence.gram[new, new] + const)
+        strength[new] = max(needed[new - len(known)] - reached, 0.0) / (evidence.gram[new, new] + const)
     return strength
 
 
 def conventions(
     evidence: Evidence,
+    strength: Float[np.ndarray, " N"],
     base_logits: Float[np.ndarray, "N J"],
     argmax_logit: Float[np.ndarray, " N"],
     row_of: Int[np.ndarray, " N"],
@@ -85,7 +82,7 @@ def conventions(
         return candidates
     members = np.flatnonzero(evidence.is_member & np.isin(evidence.target, candidates))
     belongs = evidence.target[members][:, None] == candidates[None, :]
-    action = (evidence.gram[:, members] + const) * evidence.strength[members]
+    action = (evidence.gram[:, members] + const) * strength[members]
     shifted = base_logits[:, row_of[first]] + action @ belongs
     takes_over = shifted > (argmax_logit - _TAKEOVER)[:, None]
     replaces = (evidence.argmax[:, None] == evidence.argmax[members][None, :]) @ belongs

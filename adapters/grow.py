@@ -20,12 +20,13 @@ def admit(state: HeadState, batch: Batch) -> tuple[Batch, np.ndarray]:
     is_edit, targets = batch.is_edit, batch.targets
     strongest = batch.capture.top_ids[is_edit, : state.config.num_base_rows]
     wanted = np.concatenate([targets[is_edit], strongest.ravel(), targets[~is_edit]])
-    _, order = np.unique(wanted, return_index=True)
-    order.sort()
-    new = wanted[order]
-    new = new[~np.isin(new, state.base.row_ids)][: MAX_ROWS - state.base.num_rows]
+    rows = dict.fromkeys(state.base.row_ids.tolist())  # a set that keeps its order
+    num_old = len(rows)
+    for token_id in wanted.tolist():
+        if len(rows) < MAX_ROWS:
+            rows.setdefault(token_id)
     room = MAX_POSITIONS - state.num_positions
-    is_row = np.isin(targets, np.concatenate([state.base.row_ids, new]))
+    is_row = np.array([token_id in rows for token_id in targets.tolist()], np.bool_)
     if is_edit.sum() > room or not is_row[is_edit].all():
         raise CandidateRejected(
             f"the pattern holds {state.num_positions} positions on {state.base.num_rows} rows and "
@@ -35,7 +36,8 @@ def admit(state: HeadState, batch: Batch) -> tuple[Batch, np.ndarray]:
     keep = is_row.copy()
     spare = room - int(is_edit.sum())
     keep[np.flatnonzero(is_row & ~is_edit)[spare:]] = False
-    return (batch if keep.all() else batch.taken(keep)), new.astype(np.int32)
+    new = np.array(list(rows)[num_old:], np.int32)
+    return (batch if keep.all() else batch.taken(keep)), new
 
 
 def grow(
@@ -47,7 +49,7 @@ def grow(
         bucket_of(count, POSITION_BUCKETS),
         bucket_of(state.base.num_rows + len(row_ids), ROW_BUCKETS),
     )
-    base = state.base.with_rows(row_ids, head_rows, shape).with_positions(batch.capture, head_rows)
+    base = state.base.extended(row_ids, batch.capture, head_rows, shape)
     keys = state.keys.append(state.metric.apply(base.hidden.rows[old:]))
     cross = base.hidden.rows[old:] @ keys.rows.T
     gram = np.zeros((shape[0], shape[0]), np.float32)

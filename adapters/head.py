@@ -26,7 +26,7 @@ from adapters.errors import AdapterNotFound
 from adapters.forms import Evidence, conventions, extend_strength
 from adapters.grow import admit, grow
 from adapters.solve import Problem, solve
-from adapters.state import HeadState, logit
+from adapters.state import HeadState, logit, probability
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,17 +166,16 @@ def _choose_forms(state: HeadState, old: int) -> tuple[HeadState, np.ndarray]:
     evidence = Evidence(
         gram=state.gram[:count, :count], argmax=columns.argmax, target=columns.target,
         feedback=columns.feedback, is_active=columns.is_active, is_member=columns.is_member,
-        is_repeat=columns.is_repeat, strength=columns.strength,
+        is_repeat=columns.is_repeat,
     )  # fmt: skip
-    is_intact = columns.is_active[:old].all() or not columns.strength[:old][
-        ~columns.is_active[:old]
-    ].any()
+    is_intact = not columns.strength[:old][~columns.is_active[:old]].any()
     known = columns.strength[: old if is_intact else 0]
-    own = np.take_along_axis(logits, columns.row[:, None], 1)[:, 0].astype(np.float64)
+    unknown = np.arange(len(known), count)
+    own = logits[unknown, columns.row[unknown]].astype(np.float64)
     needed = logit(config.target_probability) - own + np.log1p(-np.exp(np.minimum(own, -1e-6)))
     strength = extend_strength(known, evidence, needed, const)
     taught = conventions(
-        replace(evidence, strength=strength), logits, columns.argmax_logit, columns.row, const
+        evidence, strength, logits, columns.argmax_logit, columns.row, const
     )
     is_convention = columns.is_member & np.isin(columns.target, taught)
     is_first = is_convention != columns.is_convention
@@ -234,8 +233,8 @@ def _report(
         num_conventions=int((columns.is_active & columns.is_convention).sum()),
         num_rows=state.base.num_rows,
         num_failing=int(fails.sum()),
-        failing=tuple(state.feedback_ids[i] for i in np.unique(columns.feedback[fails])),
-        min_probability=float(state.probabilities[is_edit].min(initial=1.0)),
+        failing=tuple(state.feedback_ids[i] for i in sorted(set(columns.feedback[fails].tolist()))),
+        min_probability=probability(state.log_odds[is_edit].min(initial=np.inf)),
         num_sweeps=effort[0],
         num_steps=effort[1],
         num_dropped=num_dropped,

@@ -56,8 +56,7 @@ def _served(
     extra = np.setdiff1d(wanted, table.row_ids)
     ids = np.concatenate([table.row_ids, extra]).astype(np.int32)
     shape = (len(wanted), len(ids))
-    rows = BaseRows.empty(capture.hidden.shape[1]).with_rows(ids, head_rows, shape)
-    rows = rows.with_positions(capture, head_rows)
+    rows = BaseRows.empty(capture.hidden.shape[1]).extended(ids, capture, head_rows, shape)
     shift = np.zeros(shape, np.float64)
     reaction = reactions(table, capture.hidden, capture.top_ids[:, 0])
     shift[:, : len(table.row_ids)] = reaction @ table.values

@@ -1,5 +1,6 @@
 """What is known of one pattern: its positions, its rows and the coefficients of its edits."""
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +16,11 @@ def logit(probability: np.ndarray | float) -> np.ndarray:
     """Log-odds, float64."""
     value = np.asarray(probability, np.float64)
     return np.log(value) - np.log1p(-value)
+
+
+def probability(log_odds: float) -> float:
+    """The inverse of `logit`, for one number of any size."""
+    return 1.0 / (1.0 + math.exp(-log_odds)) if log_odds > -700.0 else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -98,7 +104,7 @@ class HeadState:
     @property
     def probabilities(self) -> np.ndarray:
         """Served probability of each position's target [N] float64; 0.5 where replaced."""
-        return 1.0 / (1.0 + np.exp(-self.log_odds.astype(np.float64)))
+        return np.array([probability(odds) for odds in self.log_odds])
 
     def features(self, argmax: np.ndarray) -> np.ndarray:
         """The kernel less h^T M h, from queries with this base argmax [Q] to all edits: [Q, N]."""

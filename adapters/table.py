@@ -18,7 +18,7 @@ import numpy as np
 
 from adapters.base_rows import log_odds
 from adapters.errors import AdapterError
-from adapters.state import HeadState
+from adapters.state import HeadState, probability
 from engine import HeadTable
 
 
@@ -69,9 +69,17 @@ class TableReport:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Factors:
+    """Ranks that mix positions, then ranks that are one position each."""
+
     form: Literal["merged", "by row", "truncated"]
-    mix: np.ndarray  # [N, R] float32, N all positions
+    mixed: np.ndarray  # [K] position numbers
+    mix: np.ndarray  # [K, G] float32
+    singles: np.ndarray  # [L] position numbers; R = G + L
     values: np.ndarray  # [R, J] float32, J the kept rows
+
+    def of(self, columns: np.ndarray) -> np.ndarray:
+        """What each rank has of per-position features [N, X]: [R, X]."""
+        return np.concatenate([self.mix.T @ columns[self.mixed], columns[self.singles]])
 
 
 def export(state: HeadState, limits: TableLimits | None = None) -> tuple[HeadTable, TableReport]:
@@ -84,7 +92,7 @@ def export(state: HeadState, limits: TableLimits | None = None) -> tuple[HeadTab
         energy = (_shifts(state, coefficients[:, rows]) ** 2).sum(0)
         rows = np.sort(rows[np.argsort(-energy, kind="stable")[: limits.max_rows]])
     factors = _factors(state, coefficients[:, rows], rows, limits.rank)
-    tokens, num_dropped_tokens = _tokens(state, factors, limits.max_tokens)
+    tokens, num_dropped_tokens = _tokens(state, coefficients, limits.max_tokens)
     table = _table(state, factors, rows, tokens)
     after = state.log_odds
     if factors.form == "truncated" or num_dropped_rows or num_dropped_tokens:
@@ -95,26 +103,26 @@ def export(state: HeadState, limits: TableLimits | None = None) -> tuple[HeadTab
 def _factors(
     state: HeadState, coefficients: np.ndarray, rows: np.ndarray, rank: int
 ) -> _Factors:
-    columns = state.columns
-    used = coefficients.any(1)
-    singles = np.flatnonzero(used & ~columns.is_convention)
-    groups, group = np.unique(columns.row[used & columns.is_convention], return_inverse=True)
-    num_merged = len(groups) + len(singles)
-    if num_merged <= rank:
-        mix = np.zeros((len(used), num_merged), np.float32)
-        values = np.zeros((num_merged, len(rows)), np.float32)
-        members = np.flatnonzero(used & columns.is_convention)
-        place = np.searchsorted(rows, groups)  # a dropped row would lie elsewhere: value 0 below
-        is_kept = rows[place.clip(max=len(rows) - 1)] == groups if len(groups) else groups == 0
-        values[np.flatnonzero(is_kept), place[is_kept]] = 1.0
-        mix[members, group] = coefficients[members].sum(1)
-        mix[singles, len(groups) + np.arange(len(singles))] = 1.0
-        values[len(groups) :] = coefficients[singles]
-        return _Factors("merged", mix, values)
+    """The first of the three factorisations that fits. `rows` numbers the coefficients' columns."""
+    is_used = coefficients.any(1)
+    is_convention = state.columns.is_convention
+    merged = np.flatnonzero(is_used & is_convention)
+    singles = np.flatnonzero(is_used & ~is_convention)
+    used = np.flatnonzero(is_used)
+    targets, group = np.unique(state.columns.row[merged], return_inverse=True)
+    if len(targets) + len(singles) <= rank:
+        mix = np.zeros((len(merged), len(targets)), np.float32)
+        mix[np.arange(len(merged)), group] = coefficients[merged].sum(1)  # at y, zero elsewhere
+        is_target = (rows[None, :] == targets[:, None]).astype(np.float32)
+        values = np.concatenate([is_target, coefficients[singles]])
+        return _Factors("merged", merged, mix, singles, values)
+    nobody = np.zeros(0, np.int64)
     if len(rows) <= rank:
-        return _Factors("by row", coefficients, np.eye(len(rows), dtype=np.float32))
+        identity = np.eye(len(rows), dtype=np.float32)
+        return _Factors("by row", used, coefficients[used], nobody, identity)
     directions = _leading_directions(state, coefficients, rank)
-    return _Factors("truncated", coefficients @ directions, directions.T.copy())
+    mix = coefficients[used] @ directions
+    return _Factors("truncated", used, mix, nobody, directions.T.copy())
 
 
 def _leading_directions(state: HeadState, coefficients: np.ndarray, rank: int) -> np.ndarray:
@@ -138,14 +146,15 @@ def _shifts(state: HeadState, coefficients: np.ndarray) -> np.ndarray:
     return kernel @ coefficients
 
 
-def _tokens(state: HeadState, factors: _Factors, limit: int) -> tuple[np.ndarray, int]:
+def _tokens(
+    state: HeadState, coefficients: np.ndarray, limit: int
+) -> tuple[np.ndarray, int]:
     """The base tokens that the table answers to, and how many were too weak to be kept."""
-    relabels = np.flatnonzero(factors.mix.any(1) & ~state.columns.is_convention)
+    relabels = np.flatnonzero(coefficients.any(1) & ~state.columns.is_convention)
     tokens, inverse = np.unique(state.columns.argmax[relabels], return_inverse=True)
     if len(tokens) <= limit:
         return tokens, 0
-    strength = np.linalg.norm(factors.mix[relabels] @ factors.values, axis=1)
-    total = np.bincount(inverse, strength, len(tokens))
+    total = np.bincount(inverse, np.linalg.norm(coefficients[relabels], axis=1), len(tokens))
     kept = np.sort(np.argsort(-total, kind="stable")[:limit])
     return tokens[kept], len(tokens) - limit
 
@@ -154,15 +163,15 @@ def _table(
     state: HeadState, factors: _Factors, rows: np.ndarray, tokens: np.ndarray
 ) -> HeadTable:
     columns, config, scale = state.columns, state.config, state.metric.mean_norm
-    mix, is_convention = factors.mix, columns.is_convention
+    is_convention = columns.is_convention
     answers_to = (columns.argmax[:, None] == tokens[None, :]) & ~is_convention[:, None]
     token_weight = np.float32(config.token_weight * scale)
     const_weight = np.float32(config.const_weight * scale)
     return HeadTable(
-        keys=mix.T @ state.keys.rows,
+        keys=factors.of(state.keys.rows),
         token_ids=tokens.astype(np.int32),
-        token_keys=mix.T @ answers_to.astype(np.float32) * token_weight,
-        const_keys=mix.T @ is_convention.astype(np.float32) * const_weight,
+        token_keys=factors.of(answers_to.astype(np.float32)) * token_weight,
+        const_keys=factors.of(is_convention[:, None].astype(np.float32))[:, 0] * const_weight,
         row_ids=state.base.row_ids[rows],
         values=factors.values,
     )
@@ -190,10 +199,6 @@ def _report(
     columns, before = state.columns, state.log_odds
     is_edit = columns.is_active & columns.is_edit
     is_constraint = columns.is_active & ~columns.is_edit
-
-    def probability(odds: np.ndarray) -> float:
-        return float(1.0 / (1.0 + np.exp(-float(odds[is_edit].min(initial=np.inf)))))
-
     return TableReport(
         form=form,
         rank=len(table.keys),
@@ -207,6 +212,6 @@ def _report(
         num_constraints=int(is_constraint.sum()),
         num_holding_before=int((before >= columns.need)[is_constraint].sum()),
         num_holding_after=int((after >= columns.need)[is_constraint].sum()),
-        min_probability_before=probability(before),
-        min_probability_after=probability(after),
+        min_probability_before=probability(before[is_edit].min(initial=np.inf)),
+        min_probability_after=probability(after[is_edit].min(initial=np.inf)),
     )

@@ -8,7 +8,6 @@ import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +146,7 @@ def find(source: str | Path) -> Path:
 
 def presets() -> dict[str, Path]:
     """Shipped configurations by name."""
-    package = Path(str(resources.files("sona")))
+    package = Path(__file__).resolve().parent
     for folder in (package / "configs", package.parent / "configs"):  # installed; in a checkout
         if (folder / f"{_SHIPPED}.toml").is_file():
             return {path.stem: path for path in sorted(folder.glob("*.toml"))}

@@ -8,7 +8,7 @@ import difflib
 import re
 import types
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -36,6 +36,9 @@ def build(kind: type[_T], table: Mapping[str, Any], *, prefix: str = "") -> _T:
     for key in table:
         if key not in hints:
             raise ConfigError(f"unknown setting {prefix}{key}; {_suggest(key, list(hints))}")
+    for name in _required(kind):
+        if name not in table:
+            raise ConfigError(f"{prefix.rstrip('.')} needs {name}; it has {', '.join(table)}")
     return kind(**{key: _value(hints[key], item, f"{prefix}{key}") for key, item in table.items()})
 
 
@@ -107,6 +110,15 @@ def from_environ(kind: type, environ: Mapping[str, str]) -> dict[str, tuple[Any,
                 f"unknown environment variable {name}; {_suggest(name, [*known, *_OTHER_NAMES])}"
             )
     return found
+
+
+def _required(kind: Any) -> list[str]:
+    """Fields without a default."""
+    return [
+        each.name
+        for each in fields(kind)
+        if each.default is MISSING and each.default_factory is MISSING
+    ]
 
 
 def _from_text(hint: Any, text: str, name: str) -> Any:

@@ -57,7 +57,6 @@ def serve(
         loaded = config.load(source, flags=flags)
         with Progress() as progress:
 
-
             def on_ready(addresses: "Addresses") -> None:
                 progress.end()
                 click.echo("\n".join(ready_lines(addresses, loaded.config)))
@@ -129,7 +128,7 @@ def ready_lines(addresses: "Addresses", config: "SonaConfig") -> list[str]:
         f"  sona feedback{where} REQUEST_ID --correction 'what it should have said'",
         f"  python -c 'from sona import Client; print({client}.generate(\"your prompt\"))'",
         f"  buf curl --protocol grpc --http2-prior-knowledge {headers}\\",
-        f"    -d '{{\"text\": \"your prompt\"}}' http://{grpc}/sona.v1.InferenceService/Generate",
+        f'    -d \'{{"text": "your prompt"}}\' http://{grpc}/sona.v1.InferenceService/Generate',
         f"  curl {http}/metrics",
         "",
         "Ctrl-C ends it, after the requests under way.",

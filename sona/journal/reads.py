@@ -70,7 +70,7 @@ def feedback_by_seq(connection: sqlite3.Connection, seqs: Iterable[int]) -> list
 def pending(connection: sqlite3.Connection, after_seq: int, limit: int) -> list[FeedbackRecord]:
     """Learnable, not yet learned feedback after the cursor, by rising seq."""
     rows = connection.execute(
-        f"SELECT {_FEEDBACK} FROM feedback "
+        f"SELECT {_FEEDBACK} FROM feedback INDEXED BY feedback_pending "
         "WHERE state = 'ACCEPTED' AND is_learnable = 1 AND seq > ? ORDER BY seq LIMIT ?",
         (after_seq, limit),
     )
@@ -111,7 +111,8 @@ def counts(connection: sqlite3.Connection) -> tuple[int, dict[FeedbackState, int
     for state, num in connection.execute("SELECT state, count(*) FROM feedback GROUP BY state"):
         by_state[FeedbackState(state)] = num
     (num_pending,) = connection.execute(
-        "SELECT count(*) FROM feedback WHERE state = 'ACCEPTED' AND is_learnable = 1"
+        "SELECT count(*) FROM feedback INDEXED BY feedback_pending "
+        "WHERE state = 'ACCEPTED' AND is_learnable = 1"
     ).fetchone()
     return num_requests, by_state, num_pending
 

@@ -195,7 +195,7 @@ class Writer:
                 # The clock is read after the call: one slow call is committed alone.
                 call = self._take(wait_s=0) if time.perf_counter() < until else None
             connection.execute("COMMIT")
-        except sqlite3.Error as error:
+        except Exception as error:  # whatever it is, the thread lives and nobody waits forever
             if call is not None and not started and call.future.set_running_or_notify_cancel():
                 started.append(call.future)  # BEGIN failed
             self._abandon(error, started)
@@ -220,13 +220,18 @@ class Writer:
         connection.execute("RELEASE call")
         return _Answer(call.future, result, None)
 
-    def _abandon(self, error: sqlite3.Error, started: list[Future[Any]]) -> None:
+    def _abandon(self, error: Exception, started: list[Future[Any]]) -> None:
         """Undo the transaction and tell everyone in it. Later calls get a fresh connection."""
         self._num_failed += 1
         log.error("a commit of %d journal calls failed", len(started), exc_info=error)
         self._drop_connection()
         for future in started:
-            future.set_exception(self._translate(error))
+            if isinstance(error, sqlite3.Error):
+                future.set_exception(self._translate(error))
+            else:
+                future.set_exception(
+                    JournalError(f"the call was not stored ({error}); send it again")
+                )
 
     def _open_connection(self) -> sqlite3.Connection:
         if self._connection is None:

@@ -23,6 +23,7 @@ from sona.journal import (
     RequestRecord,
     schema,
 )
+from sona.journal.writer import Writer
 
 
 @pytest.fixture
@@ -253,6 +254,39 @@ def test_a_failed_group_is_undone_and_the_writer_goes_on(journal, path):
     outcome = journal.add_feedback(feedback("f0"), one_position(0)).result(10)
     assert not outcome.is_duplicate and stored_ids(path) == ["f0"]
     assert journal.positions(outcome.record.seq).indices == (0,)
+
+
+def test_the_writer_survives_a_connection_that_cannot_be_opened():
+    attempts = iter([sqlite3.connect, None, sqlite3.connect])
+
+    def connect():
+        if (attempt := next(attempts)) is None:
+            raise OSError("no more files")
+        return attempt(":memory:", isolation_level=None, check_same_thread=False)
+
+    writer = Writer(
+        connect, lambda error: JournalError(str(error)), max_queued=9, max_queued_bytes=9
+    )
+    try:
+        for words in ("no such table", "no more files"):
+            with pytest.raises(JournalError, match=words):
+                writer.submit(lambda db: db.execute("SELECT * FROM nothing")).result(10)
+        assert writer.submit(lambda db: db.execute("SELECT 7").fetchone()).result(10) == (7,)
+        assert writer.counts().num_failed_commits == 2
+    finally:
+        writer.close()
+
+
+def test_an_idle_journal_moves_its_log_into_the_database(journal, path):
+    journal.add_feedback(feedback("f0")).result(10)
+    moved, deadline = None, time.monotonic() + 10
+    while moved != ("f0",) and time.monotonic() < deadline:
+        time.sleep(0.01)
+        without_log = sqlite3.connect(f"file:{path}?immutable=1", uri=True)
+        with contextlib.suppress(sqlite3.DatabaseError):  # caught in the middle of the move
+            moved = without_log.execute("SELECT feedback_id FROM feedback").fetchone()
+        without_log.close()
+    assert moved == ("f0",)
 
 
 def test_every_connection_syncs_its_commits(journal, path):

@@ -4,7 +4,7 @@ Matrices inside the layers follow Muon (Jordan 2024; Liu et al. 2025, arXiv:2502
 which needed fewer steps here than AdamW; embeddings, head and norms follow AdamW.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +72,7 @@ def optimiser() -> optax.GradientTransformation:
     """Updates at peak rate; the step scales them by the schedule."""
     adam = optax.adamw(_ADAM_RATE, b1=0.9, b2=0.98, weight_decay=0.01)
     muon = optax.chain(
-        optax.contrib.scale_by_muon(beta=0.95, weight_dimension_numbers=_every_matrix),
+        optax.contrib.scale_by_muon(beta=0.95, weight_dimension_numbers=cast(Any, _every_matrix)),
         optax.stateless_with_tree_map(lambda u, _: u * _gain(jnp.asarray(u).shape)),
         optax.add_decayed_weights(0.02),
         optax.scale(-_MUON_RATE),
@@ -83,7 +83,7 @@ def optimiser() -> optax.GradientTransformation:
     )
 
 
-def _every_matrix(params: nnx.State) -> Any:
+def _every_matrix(params: nnx.State) -> nnx.State:
     return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(), params)
 
 
