@@ -14,8 +14,8 @@ class HeadConfig:
     token_weight: float = 0.3  # of the base-argmax feature, relative to the mean key norm
     const_weight: float = 1.0  # of the in-gate feature of a convention, same unit
     max_step: float = 30.0  # nats one step may add to a logit at its own position
-    max_shift: float = 60.0  # nats one position may add to a logit at itself over all steps
-    max_sweeps: int = 50
+    max_shift: float = 100.0  # nats one position may add to a logit at itself over all steps
+    max_sweeps: int = 200
     num_base_rows: int = 4  # strongest base tokens an edit may push down
     constraint_fraction: float = 0.99  # of its probability that a confirmed token must keep
     same_key_cosine: float = 0.99  # above it two positions cannot be told apart

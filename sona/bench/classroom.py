@@ -82,8 +82,7 @@ class Classroom:
         asked = list(items)
         replies = await asyncio.gather(*(self.ask(item, adapter=adapter) for item in asked))
         is_right = tuple(
-            reply.text.strip() in right(item)
-            for item, reply in zip(asked, replies, strict=True)
+            reply.text.strip() in right(item) for item, reply in zip(asked, replies, strict=True)
         )
         return Marks(tuple(replies), is_right)
 

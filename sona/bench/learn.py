@@ -184,14 +184,21 @@ async def _course(course: _Course, seed: int, child: Child, book: _Book) -> None
 
 
 async def _examine(
-    course: _Course, convention: Convention, room: Classroom, stage: int,
-    cells: tuple[list[Item], list[Item], list[Item]], before: Marks, book: _Book,
+    course: _Course,
+    convention: Convention,
+    room: Classroom,
+    stage: int,
+    cells: tuple[list[Item], list[Item], list[Item]],
+    before: Marks,
+    book: _Book,
 ) -> None:
     held_out, near, others = cells
     when = f"{stage} corrections"
     marks = await room.exam(held_out, _right(convention))
     book.note(f"{course.family} held-out, {when}", marks.accuracy)
-    book.note(f"{course.family} held-out let in by the gate, {when}", marks.num_gated / len(held_out))
+    book.note(
+        f"{course.family} held-out let in by the gate, {when}", marks.num_gated / len(held_out)
+    )
     if near:
         marks = await room.exam(near, base_right)
         book.note(f"{course.family} neighbours in gate, {when}", marks.gated_accuracy)
@@ -211,8 +218,13 @@ async def _ungated(course, client, room, others, before, book) -> None:  # noqa:
 
 
 async def _shuffled(
-    course: _Course, seed: int, child: Child, base: Marks, held_out: list[Item],
-    lessons: list[Item], book: _Book,
+    course: _Course,
+    seed: int,
+    child: Child,
+    base: Marks,
+    held_out: list[Item],
+    lessons: list[Item],
+    book: _Book,
 ) -> None:
     """The same lessons with wrong targets: whatever is gained was not learned."""
     convention, rng = _convention(course.family, seed), np.random.default_rng([seed, 2])

@@ -17,7 +17,8 @@ def bench() -> None:
 @click.option(
     "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures here."
 )
-def learn(quick: bool, seeds: int, output: Path | None) -> None:
+@click.option("--model", default="", help="A checkpoint's directory; default: the shipped model.")
+def learn(quick: bool, seeds: int, output: Path | None, model: str) -> None:
     """What corrections gain on held-out items, and what else they move."""
     if not quick:
         raise click.UsageError("only the short protocol is built yet: sona bench learn --quick")
@@ -25,4 +26,4 @@ def learn(quick: bool, seeds: int, output: Path | None) -> None:
     from sona.cli.shared import failures_told
 
     with failures_told():
-        sys.exit(sona.bench.learn.run(seeds=seeds, output=output))
+        sys.exit(sona.bench.learn.run(seeds=seeds, output=output, model=model))

@@ -39,9 +39,8 @@ def serve(
     from sona.auth import hash_key
     from sona.cli.shared import failures_told
 
-    flags: dict[str, object] = {
-        path: value for path, value in settings.items() if value is not None
-    }
+    given = {flag.path: settings[flag.name.replace("-", "_")] for flag in FLAGS}
+    flags: dict[str, object] = {path: each for path, each in given.items() if each is not None}
     if model or model_flag:
         flags["model"] = model or model_flag
     if deterministic:

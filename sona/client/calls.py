@@ -2,9 +2,10 @@
 
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import grpc
+import grpc.aio
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
@@ -147,7 +148,7 @@ def credentials(api_key: str | None) -> tuple[tuple[str, str], ...]:
 
 def explain(error: grpc.RpcError) -> str:
     """A refusal in one line: code, message, and the field it is about."""
-    if not isinstance(error, grpc.Call):
+    if not isinstance(error, grpc.Call | grpc.aio.AioRpcError):
         return str(error)
     code = error.code()
     text = f"{'UNKNOWN' if code is None else code.name}: {error.details()}"
@@ -160,9 +161,9 @@ def explain(error: grpc.RpcError) -> str:
     return text
 
 
-def _details(error: grpc.Call) -> list[Any]:
+def _details(error: grpc.Call | grpc.aio.AioRpcError) -> list[Any]:
     try:
-        status = rpc_status.from_call(error)
+        status = rpc_status.from_call(cast(grpc.Call, error))  # both offer what it reads
     except ValueError:  # details that contradict the status: not from our server
         return []
     return [] if status is None else list(status.details)

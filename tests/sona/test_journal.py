@@ -26,6 +26,7 @@ from sona.journal import (
     Journal,
     Score,
     StateChange,
+    schema,
 )
 
 
@@ -182,3 +183,13 @@ def test_storage_needs_no_jax():
     code = "import sys, sona.journal, adapters.store, sona.datadir; sys.exit('jax' in sys.modules)"
     root = Path(__file__).parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, timeout=60).returncode == 0
+
+
+def test_every_connection_syncs_its_commits(journal, tmp_path):
+    connection = schema.connect(tmp_path / "journal.db")
+    pragmas = [
+        connection.execute(f"PRAGMA {name}").fetchone()[0]
+        for name in ("journal_mode", "synchronous", "foreign_keys")
+    ]
+    connection.close()
+    assert pragmas == ["wal", 2, 1]  # 2 is FULL

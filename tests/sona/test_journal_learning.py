@@ -1,6 +1,8 @@
 """What the learner reads and leaves in the journal: positions, states, patterns, removal."""
 
 import sqlite3
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -228,3 +230,24 @@ def test_damaged_ids_and_vectors_are_noticed(journal, tmp_path):
     raw.close()
     with pytest.raises(JournalCorrupt, match="'r1'"):
         journal.request("acme", "r1")
+
+
+def test_readers_on_many_threads_see_whole_feedback_while_it_is_written(journal):
+    journal.record_request(request()).result(10)
+    stop = threading.Event()
+
+    def read():
+        longest = 0
+        while not stop.is_set():
+            seqs = [record.seq for record in journal.pending(limit=1000)]
+            assert seqs == sorted(set(seqs)) and len(seqs) >= longest
+            longest = len(seqs)
+        return longest
+
+    with ThreadPoolExecutor(6) as pool:
+        readers = [pool.submit(read) for _ in range(6)]
+        for number in range(30):
+            add(journal, f"f{number}")
+        stop.set()
+        assert all(reader.result(10) <= 30 for reader in readers)
+    assert len(journal.pending(limit=1000)) == 30

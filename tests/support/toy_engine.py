@@ -44,7 +44,8 @@ class ToyEngine:
         self.live = 0
         self.jobs: list[Job] = []  # every job that was started
         self.aborted: list[str] = []
-        self.idle = asyncio.Event()  # set: no job holds resources
+        self.busy = asyncio.Event()  # set: a job holds resources
+        self.idle = asyncio.Event()  # set: none does
         self.idle.set()
         self.may_go = asyncio.Event()  # cleared: jobs stop before their next token
         self.may_go.set()
@@ -56,6 +57,7 @@ class ToyEngine:
         self.jobs.append(job)
         self.live += 1
         self.idle.clear()
+        self.busy.set()
         try:
             if self._fails_with is not None:
                 raise self._fails_with
@@ -69,6 +71,7 @@ class ToyEngine:
             self.live -= 1
             if not self.live:
                 self.idle.set()
+                self.busy.clear()
 
     async def embed(self, request_id: str, prompt_ids: tuple[int, ...]) -> np.ndarray:
         return _vector(prompt_ids)

@@ -27,6 +27,7 @@ class ToyLearning:
         self.reason = ""
         self.rolled_back: list[tuple[SlotKey, int | None, str, Principal]] = []
         self.watchers = 0
+        self.unwatched = asyncio.Event()  # set: a watcher has left
         self.infos = (
             adapter_info(3, ""), adapter_info(1, "ann"), adapter_info(2, "bob"),
         )  # fmt: skip
@@ -82,6 +83,7 @@ class ToyLearning:
             await asyncio.Event().wait()  # then nothing more happens
         finally:
             self.watchers -= 1
+            self.unwatched.set()
 
 
 def adapter_info(pattern_id: int, owner: str) -> AdapterInfo:

@@ -53,10 +53,10 @@ class TrainState(NamedTuple):
     average: nnx.State  # exponential mean of params over about the last 200 steps; what is saved
 
 
-def new_state(seed: int) -> tuple[nnx.GraphDef, TrainState]:
+def new_state(config: ModelConfig, seed: int) -> tuple[nnx.GraphDef, TrainState]:
     """A fresh model and optimiser."""
-    graph, model = nnx.split(Decoder(CONFIG, rngs=nnx.Rngs(seed)))
-    shape = (len(TOPICS), CONFIG.hidden_size)
+    graph, model = nnx.split(Decoder(config, rngs=nnx.Rngs(seed), dtype=jnp.dtype("float32")))
+    shape = (len(TOPICS), config.hidden_size)
     params = Trained(model, jax.random.normal(jax.random.key(seed), shape, jnp.float32))
     with jax.numpy_dtype_promotion("standard"):
         return graph, TrainState(params, optimiser().init(params), jax.tree.map(jnp.copy, model))

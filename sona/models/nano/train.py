@@ -5,7 +5,7 @@ The schedule follows the clock, so a run on a slower machine ends in time with f
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from tokenizers import Tokenizer
 
-from engine.model import load_checkpoint, save_checkpoint
+from engine.model import ModelConfig, load_checkpoint, save_checkpoint
 from sona.bench.tasks import TWO_VOICED
 from sona.models.nano import tokenizer as tokens_of_nano
 from sona.models.nano.data import SHARES, BackgroundBatches, Mixture, corpus
@@ -27,8 +27,8 @@ Say = Callable[[str], None]
 
 _WARMUP = 0.02  # fraction of the run
 _CORPUS_ITEMS = 30_000
-_EVALUATED_ITEMS = 96  # per family, on the way; the last figures use _FINAL_ITEMS
-_FINAL_ITEMS = 500
+_EVALUATED_ITEMS = 96  # per family, on the way
+_FINAL_SEED = 11
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +40,9 @@ class TrainPlan:
     seed: int = 0
     tokens_per_batch: int = 2048
     prompt_weight: float = 0.1  # loss weight of prompt tokens against 1 for answer tokens
-    evaluate_every_s: float = 180.0
+    evaluate_every_s: float = 240.0
+    num_final_items: int = 500  # per family, for the figures that are reported
+    config: ModelConfig = CONFIG
 
 
 def train_nano(
@@ -58,17 +60,22 @@ def train_nano(
     if resume:
         run.restore()
     run.loop()
-    return final_figures(out_dir, tokenizer, say)
-
-
-def final_figures(directory: Path, tokenizer: Tokenizer, say: Say) -> dict[str, float]:
-    """Held-out accuracy of the saved, rounded checkpoint."""
-    model = load_checkpoint(directory)
-    figures = held_out_accuracy(
-        _predictor(model.graph, lambda: model.params), tokenizer, num_items=_FINAL_ITEMS, seed=11
-    )
-    say("final " + _shown(figures))
+    figures = held_out_figures(out_dir, num_items=plan.num_final_items)
+    say("final " + shown(figures))
     return figures
+
+
+def held_out_figures(directory: Path, *, num_items: int) -> dict[str, float]:
+    """Held-out accuracy per family of a saved checkpoint, as its files are."""
+    model = load_checkpoint(directory)
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    predict = _predictor(model.graph, lambda: model.params)
+    return held_out_accuracy(predict, tokenizer, num_items=num_items, seed=_FINAL_SEED)
+
+
+def shown(figures: Mapping[str, float]) -> str:
+    """Figures on one line."""
+    return "  ".join(f"{name} {value:.3f}" for name, value in figures.items())
 
 
 class _Run:
@@ -77,7 +84,7 @@ class _Run:
     def __init__(self, plan: TrainPlan, out_dir: Path, tokenizer: Tokenizer, say: Say) -> None:
         self._plan, self._out_dir, self._say = plan, out_dir, say
         self._tokenizer = tokenizer
-        self._graph, self._state = new_state(plan.seed)
+        self._graph, self._state = new_state(plan.config, plan.seed)
         self._step = functools.partial(
             jax.jit(train_step, static_argnums=0, donate_argnums=1), self._graph
         )
@@ -121,7 +128,7 @@ class _Run:
         )
         self._say(
             f"{self._elapsed_s / 60:5.1f} min  step {self._num_steps}  loss {self._loss:.4f}  "
-            + _shown(figures)
+            + shown(figures)
         )
         return {
             name: share * (0.4 + (0.0 if name in TWO_VOICED else min(4 * (1 - figures[name]), 1.6)))
@@ -130,7 +137,7 @@ class _Run:
 
     def _save(self) -> None:
         """The served files at once; the training state beside them."""
-        save_checkpoint(self._out_dir, CONFIG, self._state.average)
+        save_checkpoint(self._out_dir, self._plan.config, self._state.average)
         clock = np.asarray([self._num_steps, self._elapsed_s])
         with ocp.StandardCheckpointer() as checkpointer:
             path = self._out_dir / "training_state"
@@ -149,6 +156,7 @@ class _Run:
         self._state = jax.tree.unflatten(structure, leaves)
         self._num_steps, self._elapsed_before_s = int(saved["clock"][0]), float(saved["clock"][1])
         self._began = time.monotonic()
+        self._say(f"resumed at step {self._num_steps}, {self._elapsed_before_s / 60:.1f} min")
 
 
 def _leaves(state: TrainState) -> dict[str, jax.Array]:
@@ -163,7 +171,3 @@ def _predictor(graph: nnx.GraphDef, params: Callable[[], nnx.State]) -> Predict:
         return np.asarray(found.nll), np.asarray(found.best)
 
     return predict
-
-
-def _shown(figures: dict[str, float]) -> str:
-    return "  ".join(f"{name} {value:.3f}" for name, value in figures.items())

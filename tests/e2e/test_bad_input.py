@@ -1,0 +1,121 @@
+"""Everything a caller can get wrong: a specific status, a message that helps, and life goes on."""
+
+import grpc
+import numpy as np
+import pytest
+import pytest_asyncio
+from support.checkpoints import make_checkpoint
+from support.server import client_of, configured, running_server
+
+from sona.v1 import inference_pb2, inference_pb2_grpc
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+CODE = grpc.StatusCode
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def server(tmp_path_factory):
+    model = tmp_path_factory.mktemp("model") / "tiny"
+    make_checkpoint(model, "llama")
+    config = configured(
+        tmp_path_factory.mktemp("data"), model=model, students=("ann", "bob"),
+        engine={"max_num_seqs": 4, "max_learned_slots": 8},
+    )  # fmt: skip
+    async with running_server(config) as addresses:
+        yield addresses
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def ann(server):
+    async with client_of(server, "ann") as client:
+        yield client
+        reply = await client.generate("still serving?", max_tokens=2)
+        assert reply.usage.completion_tokens == 2
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "code", "message"),
+    [
+        ("", {}, CODE.INVALID_ARGUMENT, "empty"),
+        ([], {}, CODE.INVALID_ARGUMENT, "no tokens"),
+        ("x" * 600, {}, CODE.INVALID_ARGUMENT, "600 tokens; the context holds 512"),
+        ([1, 300], {}, CODE.INVALID_ARGUMENT, "300"),
+        ("a", {"temperature": -1.0}, CODE.INVALID_ARGUMENT, "temperature is -1"),
+        ("a", {"temperature": np.nan}, CODE.INVALID_ARGUMENT, "temperature is nan"),
+        ("a", {"top_p": 0.0}, CODE.INVALID_ARGUMENT, "top_p is 0"),
+        ("a", {"max_tokens": 0}, CODE.INVALID_ARGUMENT, "max_tokens is 0"),
+        ("a", {"adapter": "pattern-99"}, CODE.NOT_FOUND, "pattern-99"),
+        ("a", {"adapter": "no such"}, CODE.NOT_FOUND, "no such"),
+        ("a", {"model": "gpt"}, CODE.NOT_FOUND, "'gpt' is not served"),
+    ],
+)
+async def test_generate_refuses(ann, prompt, options, code, message):
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await ann.generate(prompt, **options)
+    assert refused.value.code() is code
+    assert message in str(refused.value.details())
+
+
+@pytest.mark.parametrize(
+    ("signal", "code", "message"),
+    [
+        ({"score": 1.5}, CODE.INVALID_ARGUMENT, "1.5"),
+        ({"score": -0.1}, CODE.INVALID_ARGUMENT, "-0.1"),
+        ({"score": np.nan}, CODE.INVALID_ARGUMENT, "nan"),
+        ({"correction": "x" * 2**20}, CODE.INVALID_ARGUMENT, "65536"),
+    ],
+)
+async def test_feedback_refuses(ann, signal, code, message):
+    reply = await ann.generate("hello", max_tokens=3, temperature=0.0)
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await ann.feedback(reply.request_id, **signal)
+    assert refused.value.code() is code
+    assert message in str(refused.value.details())
+
+
+async def test_a_correction_that_says_the_same_is_refused(ann):
+    reply = await ann.generate("hello", max_tokens=3, temperature=0.0)
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await ann.feedback(reply.request_id, correction=reply.choices[0].text)
+    assert refused.value.code() is CODE.INVALID_ARGUMENT
+
+
+async def test_unknown_and_foreign_requests_are_refused(server, ann):
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await ann.feedback("never-made", score=1.0)
+    assert refused.value.code() is CODE.NOT_FOUND
+    reply = await ann.generate("hello", max_tokens=3)
+    async with client_of(server, "bob") as bob:  # another tenant: it does not even exist
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await bob.feedback(reply.request_id, score=1.0)
+    assert refused.value.code() is CODE.NOT_FOUND
+
+
+async def test_requests_that_are_not_to_be_kept_leave_nothing(ann):
+    reply = await ann.generate("hello", max_tokens=3, learn=False)
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await ann.feedback(reply.request_id, score=1.0)
+    assert refused.value.code() is CODE.NOT_FOUND
+
+
+async def test_a_used_request_id_is_refused(ann):
+    await ann.generate("hello", max_tokens=3, request_id="mine")
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await ann.generate("hello", max_tokens=3, request_id="mine")
+    assert refused.value.code() is CODE.ALREADY_EXISTS
+
+
+async def test_wrong_and_missing_keys_are_refused(server, ann):
+    channel = grpc.aio.insecure_channel(server.grpc)
+    stub = inference_pb2_grpc.InferenceServiceStub(channel)
+    request = inference_pb2.GenerateRequest(text="a")
+    stream = inference_pb2.GenerateStreamRequest(request=request)
+    for metadata in ((), (("authorization", "Bearer wrong"),)):
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await stub.Generate(request, metadata=metadata)
+        assert refused.value.code() is CODE.UNAUTHENTICATED
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            async for _ in stub.GenerateStream(stream, metadata=metadata):
+                pass
+        assert refused.value.code() is CODE.UNAUTHENTICATED
+    await channel.close()
