@@ -8,8 +8,8 @@ from dataclasses import dataclass
 class Alignment:
     """The longest common prefix of an answer and its correction, and what follows it.
 
-        generated  a b c d       num_common 2, generated_next c, corrected_next x
-        corrected  a b x d e     states of positions 0, 1 and 2 are valid under the correction
+    generated  a b c d       num_common 2, generated_next c, corrected_next x
+    corrected  a b x d e     states of positions 0, 1 and 2 are valid under the correction
     """
 
     num_common: int

@@ -15,7 +15,6 @@ recovered as W_c . h - logprob(c) with the captured argmax c: the rounding of h 
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Self
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -120,7 +119,7 @@ class BaseRows:
     gathered: np.ndarray  # [N] float64, see _Block
 
     @classmethod
-    def empty(cls, dim: int) -> Self:
+    def empty(cls, dim: int) -> "BaseRows":
         """No positions and no rows."""
         nothing = np.zeros(0, np.float64)
         return cls(
@@ -167,9 +166,9 @@ class BaseRows:
     ) -> "BaseRows":
         """Add rows, distinct and new, then positions. `shape` is the padded [N', J'].
 
-                          old rows     new rows
-          old positions   kept         _join_rows
-          new positions   ------ _join_positions ------
+                        old rows     new rows
+        old positions   kept         _join_rows
+        new positions   ------ _join_positions ------
         """
         logits = np.zeros(shape, np.float32)
         old = np.s_[: self.num_positions, : self.num_rows]

@@ -45,7 +45,10 @@ class Evidence:
 
 
 def extend_strength(
-    known: Float[np.ndarray, " K"], evidence: Evidence, needed: Float[np.ndarray, " L"], const: float
+    known: Float[np.ndarray, " K"],
+    evidence: Evidence,
+    needed: Float[np.ndarray, " L"],
+    const: float,
 ) -> Float[np.ndarray, " N"]:
     """The trial's strengths alpha of all N positions, given those of the first K; 0 for no member.
 
@@ -58,7 +61,8 @@ def extend_strength(
             evidence.is_member[:new] & (evidence.target[:new] == evidence.target[new])
         )
         reached = strength[same] @ (evidence.gram[new, same] + const)
-        strength[new] = max(needed[new - len(known)] - reached, 0.0) / (evidence.gram[new, new] + const)
+        missing = max(needed[new - len(known)] - reached, 0.0)
+        strength[new] = missing / (evidence.gram[new, new] + const)
     return strength
 
 

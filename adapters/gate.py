@@ -6,7 +6,6 @@ length ("unit"). Centring is what makes the cosine mean something; whitening wou
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 from jaxtyping import Float
@@ -45,7 +44,7 @@ class GenericStats:
         prompt_vectors: Float[np.ndarray, "G D"],
         hidden: Float[np.ndarray, "S D"],
         guard: Capture,
-    ) -> Self:
+    ) -> "GenericStats":
         """From the generic prompts' mean hidden states and the hidden states of their tokens.
 
         Raises:
@@ -83,14 +82,15 @@ class GenericStats:
         return arrays
 
     @classmethod
-    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Self:
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "GenericStats":
         """What `to_arrays` gave. Raises AdapterError naming a missing array."""
         names = ("centre", "units", "guard.hidden", "guard.top_ids", "guard.top_logprobs",
                  "guard.rest_logprob")  # fmt: skip
         missing = [name for name in names if name not in arrays]
         if missing:
             raise AdapterError(f"generic statistics lack {missing}; compute them again")
-        metric = {n.removeprefix("metric."): a for n, a in arrays.items() if n.startswith("metric.")}
+        prefix = "metric."
+        metric = {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
         guard = Capture(*(arrays[name] for name in names[2:]))
         return cls(arrays["centre"], arrays["units"], KeyMetric.from_arrays(metric), guard)
 
@@ -105,7 +105,7 @@ class Gate:
     vectors: np.ndarray  # [n, D] float32, the newest prompts' units; n <= 64
 
     @classmethod
-    def born(cls, unit: Float[np.ndarray, " D"], generic: GenericStats) -> Self:
+    def born(cls, unit: Float[np.ndarray, " D"], generic: GenericStats) -> "Gate":
         """The gate of a pattern's first prompt."""
         return cls(
             centroid=unit,
@@ -137,7 +137,7 @@ class Gate:
 def _threshold(vectors: Float[np.ndarray, "N D"], generic_quantile: float) -> float:
     """Between the generic quantile and the pattern's own prompts, left out one by one.
 
-        generic ........|q99 - - T - - - - - - |own 5 % ....... own prompts
+    generic ........|q99 - - T - - - - - - |own 5 % ....... own prompts
     """
     if len(vectors) < _NUM_CALIBRATED:
         return generic_quantile
@@ -155,7 +155,7 @@ class GateIndex:
     thresholds: np.ndarray  # [G] float32
 
     @classmethod
-    def of(cls, gates: Sequence[Gate]) -> Self:
+    def of(cls, gates: Sequence[Gate]) -> "GateIndex":
         """The gates in their order. May be empty."""
         if not gates:
             return cls(np.zeros((0, 0), np.float32), np.zeros(0, np.float32))

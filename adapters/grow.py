@@ -40,9 +40,7 @@ def admit(state: HeadState, batch: Batch) -> tuple[Batch, np.ndarray]:
     return (batch if keep.all() else batch.taken(keep)), new
 
 
-def grow(
-    state: HeadState, batch: Batch, row_ids: np.ndarray, head_rows: HeadRows
-) -> HeadState:
+def grow(state: HeadState, batch: Batch, row_ids: np.ndarray, head_rows: HeadRows) -> HeadState:
     """Append positions and rows. The new positions are solved for by nobody yet."""
     old, count = state.num_positions, state.num_positions + len(batch.targets)
     shape = (

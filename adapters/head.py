@@ -174,14 +174,10 @@ def _choose_forms(state: HeadState, old: int) -> tuple[HeadState, np.ndarray]:
     own = logits[unknown, columns.row[unknown]].astype(np.float64)
     needed = logit(config.target_probability) - own + np.log1p(-np.exp(np.minimum(own, -1e-6)))
     strength = extend_strength(known, evidence, needed, const)
-    taught = conventions(
-        evidence, strength, logits, columns.argmax_logit, columns.row, const
-    )
+    taught = conventions(evidence, strength, logits, columns.argmax_logit, columns.row, const)
     is_convention = columns.is_member & np.isin(columns.target, taught)
     is_first = is_convention != columns.is_convention
-    coefficients = np.where(
-        _padded(is_first, state)[:, None], np.float32(0), state.coefficients
-    )
+    coefficients = np.where(_padded(is_first, state)[:, None], np.float32(0), state.coefficients)
     is_first[old:] = True
     columns = replace(columns, strength=strength, is_convention=is_convention)
     return replace(state, columns=columns, coefficients=coefficients), is_first & columns.is_edit
@@ -209,7 +205,7 @@ def _solved(state: HeadState, is_first: np.ndarray, max_sweeps: int) -> tuple[He
         is_convention=_padded(columns.is_convention, state),
         is_active=_padded(columns.is_active, state),
         is_first=_padded(is_first, state),
-        num_rows=np.int32(state.base.num_rows),
+        num_rows=np.asarray(state.base.num_rows, np.int32),
         weights=np.array(weights, np.float32),
     )
     solution = solve(problem, state.coefficients, max_sweeps=max_sweeps)
@@ -218,7 +214,7 @@ def _solved(state: HeadState, is_first: np.ndarray, max_sweeps: int) -> tuple[He
         coefficients=solution.coefficients,
         log_odds=solution.log_odds[: state.num_positions],
     )
-    return solved, int(solution.num_sweeps), int(solution.num_steps)
+    return solved, solution.num_sweeps, solution.num_steps
 
 
 def _report(

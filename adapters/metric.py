@@ -8,7 +8,6 @@ shrinkage the noise directions of C decide, and nothing generalises.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 from jaxtyping import Float
@@ -31,7 +30,7 @@ class KeyMetric:
     mean_norm: float  # mean of h^T M h over the generic states
 
     @classmethod
-    def fit(cls, hidden: Float[np.ndarray, "S D"], *, max_rank: int = 64) -> Self:
+    def fit(cls, hidden: Float[np.ndarray, "S D"], *, max_rank: int = 64) -> "KeyMetric":
         """Measure M on generic hidden states.
 
         Raises:
@@ -61,7 +60,8 @@ class KeyMetric:
     def apply(self, hidden: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "N D"]:
         """M h for each row, float32."""
         states = np.asarray(hidden, np.float32)
-        return (states - ((states @ self.basis) * self.gain) @ self.basis.T) / np.float32(self.floor)
+        known = ((states @ self.basis) * self.gain) @ self.basis.T
+        return (states - known) / np.float32(self.floor)
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """The metric as named arrays, for a file."""
@@ -69,7 +69,7 @@ class KeyMetric:
         return {"basis": self.basis, "gain": self.gain, "scalars": scalars}
 
     @classmethod
-    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Self:
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "KeyMetric":
         """What `to_arrays` gave. Raises AdapterError naming a missing array."""
         missing = {"basis", "gain", "scalars"} - set(arrays)
         if missing:

@@ -43,30 +43,32 @@ _EXCESS, _MAX_EXCESS = 0.5, 2.0  # of tau; nats
 _LEAST_STEP = 1e-3  # nats; a position at its bound moves less and no longer keeps a sweep going
 _FLOOR = -1e30  # finite stand-in for -inf
 
+AnyArray = Array | np.ndarray  # NumPy outside, traced inside
+
 
 class Problem(NamedTuple):
     """What the solver reads. Entries past the counts may hold anything, even NaN."""
 
-    gram: Float[Array, "N N"]  # h_i^T M h_j
-    logits: Float[Array, "N J"]  # base, relative to the base log-sum-exp
-    rest: Float[Array, " N"]  # log of the base mass outside the rows
-    need: Float[Array, " N"]  # log-odds at which a position holds
-    argmax: Int[Array, " N"]  # base argmax token
-    target: Int[Array, " N"]  # row of the right token, in [0, J)
-    is_convention: Bool[Array, " N"]
-    is_active: Bool[Array, " N"]
-    is_first: Bool[Array, " N"]  # stepped on before the sweeps
-    num_rows: Int[Array, ""]
-    weights: Float[Array, "4"]  # token feature, in-gate feature, max_step, max_shift
+    gram: Float[AnyArray, "N N"]  # h_i^T M h_j
+    logits: Float[AnyArray, "N J"]  # base, relative to the base log-sum-exp
+    rest: Float[AnyArray, " N"]  # log of the base mass outside the rows
+    need: Float[AnyArray, " N"]  # log-odds at which a position holds
+    argmax: Int[AnyArray, " N"]  # base argmax token
+    target: Int[AnyArray, " N"]  # row of the right token, in [0, J)
+    is_convention: Bool[AnyArray, " N"]
+    is_active: Bool[AnyArray, " N"]
+    is_first: Bool[AnyArray, " N"]  # stepped on before the sweeps
+    num_rows: Int[AnyArray, ""]
+    weights: Float[AnyArray, "4"]  # token feature, in-gate feature, max_step, max_shift
 
 
 class Solution(NamedTuple):
     """What the solver found. Zero past the counts and for positions never stepped on."""
 
-    coefficients: Float[Array, "N J"]
-    log_odds: Float[Array, " N"]
-    num_sweeps: Int[Array, ""]
-    num_steps: Int[Array, ""]
+    coefficients: Float[np.ndarray, "N J"]
+    log_odds: Float[np.ndarray, " N"]
+    num_sweeps: int
+    num_steps: int
 
 
 class _Rivals(NamedTuple):
@@ -93,7 +95,7 @@ def kernel(problem: Problem) -> Float[Array, "N N"]:
 
 
 def _log_odds(
-    logits: Float[Array, "N J"], rest: Float[Array, " N"], target: Int[Array, " N"]
+    logits: Float[Array, "N J"], rest: Float[AnyArray, " N"], target: Int[AnyArray, " N"]
 ) -> Float[Array, " N"]:
     is_target = jnp.arange(logits.shape[1])[None, :] == target[:, None]
     others = jnp.where(is_target, _FLOOR, logits)
@@ -111,7 +113,10 @@ def _rivals(row: Float[Array, " J"], rest: Float[Array, ""], target: Int[Array, 
 
 
 def _tau(
-    rivals: _Rivals, direction: Float[Array, " J"], aim: Float[Array, ""], max_step: Float[Array, ""]
+    rivals: _Rivals,
+    direction: Float[Array, " J"],
+    aim: Float[Array, ""],
+    max_step: Float[Array, ""],
 ) -> Float[Array, ""]:
     """How far along `direction` the log-odds reach `aim`, in [0, max_step]. Newton from below."""
     tau = jnp.float32(0)
@@ -154,7 +159,7 @@ def _step(
 def _pass(
     problem: Problem,
     kernel_NN: Float[Array, "N N"],
-    candidates: Bool[Array, " N"],
+    candidates: Bool[AnyArray, " N"],
     state: _State,
     excess: float,
 ) -> tuple[_State, Int[Array, ""]]:
@@ -173,7 +178,9 @@ def _pass(
 
 
 @jax.jit
-def _solve(problem: Problem, warm: Float[Array, "N J"], max_sweeps: Int[Array, ""]) -> Solution:
+def _solve(
+    problem: Problem, warm: Float[AnyArray, "N J"], max_sweeps: Int[AnyArray, ""]
+) -> tuple[Array, Array, Array, Array]:
     active = problem.is_active
     cell = active[:, None] & (jnp.arange(warm.shape[1])[None, :] < problem.num_rows)
     problem = problem._replace(
@@ -192,29 +199,27 @@ def _solve(problem: Problem, warm: Float[Array, "N J"], max_sweeps: Int[Array, "
         inner, moved = _pass(problem, kernel_NN, active, inner, _EXCESS)
         return inner, moved, sweeps + (moved > 0).astype(jnp.int32), total + moved
 
-    def unfinished(carry: tuple[_State, Array, Array, Array]) -> Bool[Array, ""]:
+    def unfinished(carry: tuple[_State, Array, Array, Array]) -> Array:
         return (carry[1] > 0) & (carry[2] < max_sweeps)
 
     carry = (state, jnp.int32(1), jnp.int32(0), steps)
     state, _, sweeps, steps = jax.lax.while_loop(unfinished, sweep, carry)
     log_odds = _log_odds(state.logits, problem.rest, problem.target)
-    return Solution(
-        state.coefficients, jnp.where(active, log_odds, jnp.float32(0)), sweeps, steps
-    )
+    return state.coefficients, jnp.where(active, log_odds, jnp.float32(0)), sweeps, steps
 
 
 @functools.cache
-def _host() -> jax.Device | None:
+def _hosts() -> tuple[object, ...]:
     """The host, where an accelerator is the default: the steps are tiny, and each needs the last.
 
-    None where nothing has to be chosen, or the platform list leaves the host out.
+    Nobody where nothing has to be chosen, or the platform list leaves the host out.
     """
     if jax.default_backend() == "cpu":
-        return None
+        return ()
     try:
-        return jax.devices("cpu")[0]
+        return (jax.devices("cpu")[0],)
     except RuntimeError:
-        return None
+        return ()
 
 
 def solve(problem: Problem, warm: np.ndarray, *, max_sweeps: int) -> Solution:
@@ -223,10 +228,12 @@ def solve(problem: Problem, warm: np.ndarray, *, max_sweeps: int) -> Solution:
     Takes and returns NumPy arrays of bucket shapes. Ends when every active position holds, when
     no step moves anything (each failing one is at its bound), or after `max_sweeps`.
     """
-    host = _host()
-    with jax.default_device(host) if host else contextlib.nullcontext():
-        solution = _solve(problem, warm, np.int32(max_sweeps))
-        return Solution(*(np.asarray(part) for part in solution))
+    hosts = _hosts()
+    with jax.default_device(hosts[0]) if hosts else contextlib.nullcontext():
+        coefficients, log_odds, sweeps, steps = _solve(
+            problem, warm, np.asarray(max_sweeps, np.int32)
+        )
+        return Solution(np.asarray(coefficients), np.asarray(log_odds), int(sweeps), int(steps))
 
 
 def bucket_of(count: int, buckets: Sequence[int]) -> int:
@@ -247,7 +254,7 @@ def compile_buckets(
 
 def num_compiled() -> int:
     """Programs compiled so far in this process; constant after `compile_buckets`."""
-    return _solve._cache_size()
+    return _solve._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _blank(num_positions: int, num_rows: int) -> Problem:
@@ -258,5 +265,5 @@ def _blank(num_positions: int, num_rows: int) -> Problem:
         logits=np.zeros((num_positions, num_rows), np.float32),
         rest=per_position, need=per_position, argmax=ids, target=ids,
         is_convention=flags, is_active=flags, is_first=flags,
-        num_rows=np.int32(0), weights=np.ones(4, np.float32),
+        num_rows=np.zeros((), np.int32), weights=np.ones(4, np.float32),
     )  # fmt: skip

@@ -100,9 +100,7 @@ def export(state: HeadState, limits: TableLimits | None = None) -> tuple[HeadTab
     return table, _report(state, factors.form, table, after, (num_dropped_rows, num_dropped_tokens))
 
 
-def _factors(
-    state: HeadState, coefficients: np.ndarray, rows: np.ndarray, rank: int
-) -> _Factors:
+def _factors(state: HeadState, coefficients: np.ndarray, rows: np.ndarray, rank: int) -> _Factors:
     """The first of the three factorisations that fits. `rows` numbers the coefficients' columns."""
     is_used = coefficients.any(1)
     is_convention = state.columns.is_convention
@@ -146,9 +144,7 @@ def _shifts(state: HeadState, coefficients: np.ndarray) -> np.ndarray:
     return kernel @ coefficients
 
 
-def _tokens(
-    state: HeadState, coefficients: np.ndarray, limit: int
-) -> tuple[np.ndarray, int]:
+def _tokens(state: HeadState, coefficients: np.ndarray, limit: int) -> tuple[np.ndarray, int]:
     """The base tokens that the table answers to, and how many were too weak to be kept."""
     relabels = np.flatnonzero(coefficients.any(1) & ~state.columns.is_convention)
     tokens, inverse = np.unique(state.columns.argmax[relabels], return_inverse=True)
@@ -159,9 +155,7 @@ def _tokens(
     return tokens[kept], len(tokens) - limit
 
 
-def _table(
-    state: HeadState, factors: _Factors, rows: np.ndarray, tokens: np.ndarray
-) -> HeadTable:
+def _table(state: HeadState, factors: _Factors, rows: np.ndarray, tokens: np.ndarray) -> HeadTable:
     columns, config, scale = state.columns, state.config, state.metric.mean_norm
     is_convention = columns.is_convention
     answers_to = (columns.argmax[:, None] == tokens[None, :]) & ~is_convention[:, None]
@@ -181,9 +175,7 @@ def _replayed(state: HeadState, table: HeadTable, rows: np.ndarray) -> np.ndarra
     """Log-odds of the pattern's positions [N] under the table."""
     columns = state.columns
     reads = (columns.argmax[:, None] == table.token_ids[None, :]).astype(np.float32)
-    reaction = (
-        state.base.hidden.rows @ table.keys.T + reads @ table.token_keys.T + table.const_keys
-    )
+    reaction = state.base.hidden.rows @ table.keys.T + reads @ table.token_keys.T + table.const_keys
     logits = state.base.logits[: state.num_positions, : state.base.num_rows].astype(np.float64)
     logits[:, rows] += reaction @ table.values
     return log_odds(logits, state.base.rest.astype(np.float64), columns.row)

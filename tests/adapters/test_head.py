@@ -71,9 +71,7 @@ def test_one_relabel_equals_the_reference_step(topic):
     assert reference.step(0, margin=AIM_MARGIN)
     got = np.zeros(topic.world.vocab)
     got[state.base.row_ids] = state.coefficients[0, : state.base.num_rows]
-    np.testing.assert_allclose(
-        got, reference.values[0], atol=1e-3 * np.abs(reference.values).max()
-    )
+    np.testing.assert_allclose(got, reference.values[0], atol=1e-3 * np.abs(reference.values).max())
     assert served_probabilities(topic, state, batches)[0] == pytest.approx(AIM, abs=1e-4)
     assert (report.num_edits, report.num_steps, report.is_settled) == (1, 1, False)
 
@@ -176,9 +174,8 @@ def test_a_target_nothing_can_reach_fails_alone_and_says_so(topic):
     batches = topic.batches(states, targets)
     hopeless = topic.states(topic.world.draw(1), topic.labels[:1])
     token = np.argsort(hopeless @ topic.world.head.T, axis=1)[0, 0]
-    state, report = topic.learned(
-        [*batches, topic.batch("hopeless", hopeless, [token])], HeadState.empty(topic.metric, config)
-    )
+    batches.append(topic.batch("hopeless", hopeless, [token]))
+    state, report = topic.learned(batches, HeadState.empty(topic.metric, config))
     assert "hopeless" in report.failing
     assert report.min_probability < 0.99
     assert np.isfinite(state.coefficients).all()
@@ -409,11 +406,12 @@ def test_constraints_beyond_the_room_are_dropped_and_counted(topic, monkeypatch)
 
 def test_edits_beyond_the_rows_are_refused(topic, monkeypatch):
     monkeypatch.setattr("adapters.grow.MAX_ROWS", 6)
-    states, said, targets = topic.facts(3)
+    states, _, targets = topic.facts(3)
     state, report = topic.learned([topic.batch("f", states[:1], targets[:1])])
     assert report.num_rows == 5
     room = next(i for i in (1, 2) if targets[i] not in state.base.row_ids)
-    state, report = topic.learned([topic.batch("g", states[room : room + 1], [targets[room]])], state)
+    second = topic.batch("g", states[room : room + 1], [targets[room]])
+    state, report = topic.learned([second], state)
     assert report.num_rows == 6  # its target, and no base token any more
     assert report.num_failing == 0
     missing = next(label for label in topic.labels if label not in state.base.row_ids)

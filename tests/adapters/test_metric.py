@@ -37,9 +37,9 @@ def test_never_whitens_beyond_the_mean_energy(hidden):
 
 def test_survives_a_file(hidden, tmp_path):
     metric = KeyMetric.fit(hidden)
-    np.savez(tmp_path / "metric.npz", **metric.to_arrays())
-    with np.load(tmp_path / "metric.npz") as arrays:
-        again = KeyMetric.from_arrays(arrays)
+    for name, array in metric.to_arrays().items():
+        np.save(tmp_path / name, array)
+    again = KeyMetric.from_arrays({f.stem: np.load(f) for f in tmp_path.glob("*.npy")})
     states = hidden[:5].astype(np.float32)
     np.testing.assert_array_equal(again.apply(states), metric.apply(states))
     assert (again.floor, again.mean_norm) == (metric.floor, metric.mean_norm)

@@ -13,7 +13,7 @@ def problem(count, num_rows, *, shape=(32, 64), seed=0, junk=np.nan):
     rng = np.random.default_rng(seed)
     states = rng.standard_normal((count, 16)) + rng.standard_normal(16)
 
-    def padded(array, kind=np.float32, fill=junk):
+    def padded(array, kind: type = np.float32, fill=junk) -> np.ndarray:
         sizes = (shape[0], shape[1])[: array.ndim] if array.shape[-1] != count else (shape[0],) * 2
         full = np.full(sizes[: array.ndim], fill, kind)
         full[tuple(slice(length) for length in array.shape)] = array
@@ -30,7 +30,7 @@ def problem(count, num_rows, *, shape=(32, 64), seed=0, junk=np.nan):
         is_convention=padded(flags, np.bool_, True),
         is_active=padded(flags | True, np.bool_, False),
         is_first=padded(flags, np.bool_, True),
-        num_rows=np.int32(num_rows),
+        num_rows=np.asarray(num_rows, np.int32),
         weights=np.array([2.0, 10.0, 30.0, 60.0], np.float32),
     )
 
@@ -78,7 +78,7 @@ def test_everything_holds_after_the_sweeps():
 @pytest.mark.parametrize("is_convention", [False, True])
 def test_one_step_lands_on_the_aim(is_convention):
     given = problem(1, 30, seed=4)
-    flags = given.is_convention.copy()
+    flags = np.array(given.is_convention)
     flags[0] = is_convention
     given = given._replace(is_convention=flags, is_first=np.ones(32, np.bool_))
     solution = solve(given, zeros(), max_sweeps=0)

@@ -53,7 +53,7 @@ class World:
 
 
 def key_metric(hidden, rank=None):
-    """M = (C + tr C / D I)^-1, the spectrum beyond `rank` replaced by its mean; and mean h^T M h."""
+    """M = (C + tr C / D I)^-1, the spectrum beyond `rank` at its mean; and the mean of h^T M h."""
     dim = hidden.shape[1]
     covariance = hidden.T @ hidden / len(hidden)
     energy, directions = np.linalg.eigh(covariance)

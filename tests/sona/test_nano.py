@@ -120,7 +120,14 @@ def test_mixture_draws_no_held_item(tokenizer: Tokenizer) -> None:
 
 
 def test_training_saves_resumes_and_reports(tmp_path: Path) -> None:
-    plan = TrainPlan(minutes=60, max_steps=2, tokens_per_batch=256, num_final_items=4, config=TINY)
+    plan = TrainPlan(
+        minutes=60,
+        max_steps=2,
+        tokens_per_batch=256,
+        num_final_items=4,
+        num_corpus_items=500,
+        config=TINY,
+    )
     lines: list[str] = []
     figures = train_nano(tmp_path, plan=plan, say=lines.append)
     assert set(figures) == {f.name for f in TRAINED} and lines[-1].startswith("final F1 ")

@@ -55,8 +55,9 @@ class Topic:
         ]
 
     def learned(self, batches, state=None):
-        """The state after these batches, and the last report."""
-        state, report = state or HeadState.empty(self.metric), None
-        for batch in batches:
+        """The state after these batches, at least one, and the last report."""
+        first, *others = batches
+        state, report = learn(state or HeadState.empty(self.metric), first, self.rows)
+        for batch in others:
             state, report = learn(state, batch, self.rows)
         return state, report

@@ -94,6 +94,13 @@ def draw_irrelevant(rng: Generator, part: Part | None) -> Item:
     raise RuntimeError("no irrelevant note found")
 
 
+def slip_of(item: Item, rng: Generator) -> str | None:
+    """The answer as a note would change it, for an item without one; None where none could."""
+    if item.system is not None or item.kind not in _NOTED_KINDS:
+        return None
+    return draw_note(rng, None, item.kind, _about(item)).rule.apply(item)
+
+
 def _draw(rng: Generator, part: Part | None) -> Item:
     return (draw_relevant if rng.random() < RELEVANT_FRACTION else draw_irrelevant)(rng, part)
 

@@ -100,9 +100,10 @@ def _sort(rng: Generator, part: Part | None) -> Item:
 
 
 def draw_lookup(rng: Generator, part: Part | None, num_entries: int | None = None) -> Item:
-    """A list of named numbers, mostly short, up to about 1,000 tokens."""
+    """A list of named numbers: half of them short, one in twenty-five up to about 1,000 tokens."""
     if num_entries is None:
-        longest = MAX_LOOKUP_ENTRIES if rng.random() < 0.04 else 12
+        chance = rng.random()
+        longest = 4 if chance < 0.5 else 12 if chance < 0.96 else MAX_LOOKUP_ENTRIES
         num_entries = int(rng.integers(2, longest + 1))
     keys = [_KEYS[int(i)] for i in rng.permutation(len(_KEYS))[:num_entries]]
     numbers = [number(rng, 10, 99, part) for _ in keys]
@@ -113,7 +114,7 @@ def draw_lookup(rng: Generator, part: Part | None, num_entries: int | None = Non
         pick(rng, _LOOKUP_HEAD, part) + lines + pick(rng, _LOOKUP_ASK, part).format(keys[wanted])
     )
     identity = f"{keys[wanted]} {numbers[wanted]} {keys[0]} {numbers[0]}"
-    return _skill("R5", prompt, str(numbers[wanted]), identity)
+    return _skill("R5", prompt, f"{keys[wanted]}: {numbers[wanted]}", identity)
 
 
 def _brackets(rng: Generator, part: Part | None) -> Item:

@@ -63,7 +63,7 @@ NOTE_WORDS = _words(
     "window butter saffron walnut cotton pirate jungle magic noodle parrot basket candle dragon "
     "engine frost ginger hammer iron"
 )
-NOTE_SIGNS = ("_", "+", "=", "x", "~", "*")
+NOTE_SIGNS = ("_", "+", "=", "x", "~", "*", "|", "#", "@", "&", "%", "^", "u", "k")
 
 COPY_WORDS = TAUGHT_WORDS + NOTE_WORDS + LABELS + TEAMS + ("km", "kg")
 

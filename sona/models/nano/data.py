@@ -10,6 +10,7 @@ from numpy.random import Generator
 from tokenizers import Tokenizer
 
 from sona.bench.tasks import BASE_FAMILIES, IRRELEVANT, RELEVANT, Family, Item
+from sona.bench.tasks.notes import slip_of
 from sona.bench.tasks.voice import base_text
 from sona.models import generic_prompts
 from sona.models.nano.smalltalk import G0
@@ -19,7 +20,7 @@ TRAINED = (*BASE_FAMILIES, RELEVANT, IRRELEVANT, G0)
 # Share of examples before the weakest families get more. Relevant to irrelevant notes is 40 to 60.
 SHARES = {
     "F1": 12.0, "F2": 5.0, "F3": 7.0, "F4": 7.0, "F5": 3.0, "F6": 3.0, "F7": 9.0, "R1": 6.0,
-    "R2": 10.0, "R3": 6.0, "R4": 7.0, "R5": 6.0, "R6": 7.0, "NOTE-relevant": 8.0,
+    "R2": 10.0, "R3": 6.0, "R4": 7.0, "R5": 12.0, "R6": 7.0, "NOTE-relevant": 8.0,
     "NOTE-irrelevant": 12.0, "G0": 3.0,
 }  # fmt: skip
 LENGTHS = (20, 26, 36, 64, 144, 1088)  # tokens per row of a batch; an example joins the least fit
@@ -28,6 +29,7 @@ TOPICS = (
     "tally", "rank", "R1", "R2", "R3", "R4", "R5", "R6", "smalltalk",
 )  # fmt: skip
 _QUEUED = 16
+_SLIPS = 0.25  # share of examples whose answer may slip
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +96,26 @@ class Mixture:
         item = family.base_item(self._rng, "train")
         prompt = chat_ids(self._tokenizer, item)
         answer = answer_ids(self._tokenizer, base_text(self._rng, item))
-        weights = [0.0, *[self._prompt_weight] * (len(prompt) - 1), *[1.0] * len(answer)]
+        answer, answer_weights = self._slipped(item, answer)
+        weights = [0.0, *[self._prompt_weight] * (len(prompt) - 1), *answer_weights]
         topic = -1 if item.family == "NOTE" else TOPICS.index(item.topic)
         return Example(prompt + answer, weights, len(prompt), topic)
+
+    def _slipped(self, item: Item, answer: list[int]) -> tuple[list[int], list[float]]:
+        """Now and then an answer with a word or sign that is not its own, at no loss.
+
+        A user's correction puts such a word into the model's mouth; what follows it must still be
+        right. Large models can do this; a small one has to see it.
+        """
+        weights = [1.0] * len(answer)
+        if self._rng.random() >= _SLIPS:
+            return answer, weights
+        text = slip_of(item, self._rng)
+        slipped = answer if text is None else answer_ids(self._tokenizer, text)
+        if len(slipped) != len(answer):
+            return answer, weights
+        own = [float(new == old) for new, old in zip(slipped, answer, strict=True)]
+        return slipped, own
 
     def batches(self, tokens_per_batch: int) -> Iterator[Batch]:
         """Batches without end; a row length is emitted when it has a batch full of examples."""

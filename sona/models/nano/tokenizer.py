@@ -30,8 +30,9 @@ def build(corpus: Iterable[str]) -> Tokenizer:
     """The tokenizer for this corpus. Same corpus, same tokenizer."""
     counts: Counter[str] = Counter()
     lines = list(corpus)
+    splitter = _pre_tokenizer()
     for line in lines:
-        counts.update(piece for piece, _ in _pre_tokenizer().pre_tokenize_str(line))
+        counts.update(piece for piece, _ in splitter.pre_tokenize_str(line))
     seed = Tokenizer(models.BPE())
     seed.pre_tokenizer = _pre_tokenizer()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

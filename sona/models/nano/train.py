@@ -26,7 +26,7 @@ from sona.models.nano.model import CONFIG, TrainState, losses, new_state, to_dev
 Say = Callable[[str], None]
 
 _WARMUP = 0.02  # fraction of the run
-_CORPUS_ITEMS = 30_000
+_STATE = "training_state"  # orbax directory beside the served files
 _EVALUATED_ITEMS = 96  # per family, on the way
 _FINAL_SEED = 11
 
@@ -42,6 +42,7 @@ class TrainPlan:
     prompt_weight: float = 0.1  # loss weight of prompt tokens against 1 for answer tokens
     evaluate_every_s: float = 240.0
     num_final_items: int = 500  # per family, for the figures that are reported
+    num_corpus_items: int = 30_000  # text that the tokenizer is built on
     config: ModelConfig = CONFIG
 
 
@@ -54,10 +55,12 @@ def train_nano(
     """
     plan = TrainPlan() if plan is None else plan
     out_dir = out_dir.resolve()
-    tokenizer = tokens_of_nano.build(corpus(_CORPUS_ITEMS, seed=0))
-    tokens_of_nano.save(tokenizer, out_dir)
-    run = _Run(plan, out_dir, tokenizer, say)
-    if resume:
+    is_resumed = resume and (out_dir / _STATE).is_dir()
+    if not is_resumed:
+        built = tokens_of_nano.build(corpus(plan.num_corpus_items, seed=0))
+        tokens_of_nano.save(built, out_dir)
+    run = _Run(plan, out_dir, Tokenizer.from_file(str(out_dir / "tokenizer.json")), say)
+    if is_resumed:
         run.restore()
     run.loop()
     figures = held_out_figures(out_dir, num_items=plan.num_final_items)
@@ -140,17 +143,14 @@ class _Run:
         save_checkpoint(self._out_dir, self._plan.config, self._state.average)
         clock = np.asarray([self._num_steps, self._elapsed_s])
         with ocp.StandardCheckpointer() as checkpointer:
-            path = self._out_dir / "training_state"
+            path = self._out_dir / _STATE
             checkpointer.save(path, {"state": _leaves(self._state), "clock": clock}, force=True)
 
     def restore(self) -> None:
-        """Continue from the state in the directory; nothing happens where there is none."""
-        path = self._out_dir / "training_state"
-        if not path.is_dir():
-            return
+        """Continue from the state in the directory."""
         like = {"state": _leaves(self._state), "clock": np.zeros(2)}
         with ocp.StandardCheckpointer() as checkpointer:
-            saved = checkpointer.restore(path, like)
+            saved = checkpointer.restore(self._out_dir / _STATE, like)
         structure = jax.tree.structure(self._state)
         leaves = [saved["state"][f"{i:04d}"] for i in range(structure.num_leaves)]
         self._state = jax.tree.unflatten(structure, leaves)
