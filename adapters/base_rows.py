@@ -1,6 +1,7 @@
 """Base logits of captured positions, on the few vocabulary rows that a pattern's edits touch.
 
-Letters here: N positions, J touched rows, Q captured base logits (64), D model dimension.
+Letters here: N positions, J touched rows, Q captured base logits (64), D model dimension; PN and PJ
+are N and J padded to a bucket.
 
 Per position the vocabulary falls into four parts; each token lies in exactly one:
 
@@ -14,7 +15,7 @@ recovered as W_c . h - logprob(c) with the captured argmax c: the rounding of h 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -113,7 +114,7 @@ class BaseRows:
     log_norm: np.ndarray  # [N] float32, l
     row_ids: np.ndarray  # [J] int32, distinct, in order of arrival
     row_weights: Growing  # [J, D] float32
-    logits: np.ndarray  # [N', J'] float32, relative to l; N' >= N, J' >= J, garbage outside
+    logits: np.ndarray  # [PN, PJ] float32, relative to l; zero outside N, J
     covered: np.ndarray  # [N, Q] bool
     uncovered: np.ndarray  # [N] float64, log mass of captured ids that are not rows
     gathered: np.ndarray  # [N] float64, see _Block
@@ -159,68 +160,56 @@ class BaseRows:
 
     def extended(
         self,
-        row_ids: Int[np.ndarray, " J"],
+        row_ids: Int[np.ndarray, " K"],
         capture: Capture,
         head_rows: HeadRows,
         shape: tuple[int, int],
     ) -> "BaseRows":
-        """Add rows, distinct and new, then positions. `shape` is the padded [N', J'].
+        """Add rows, distinct and new, then positions. `shape` is the padded [PN, PJ].
 
                         old rows     new rows
-        old positions   kept         _join_rows
-        new positions   ------ _join_positions ------
+        old positions   kept         right
+        new positions   -------- lower --------
         """
-        logits = np.zeros(shape, np.float32)
-        old = np.s_[: self.num_positions, : self.num_rows]
-        logits[old] = self.logits[old]
-        joined = self._join_rows(row_ids, head_rows, logits) if len(row_ids) else self
-        return joined._join_positions(capture, head_rows, logits)
-
-    def _join_rows(
-        self, row_ids: Int[np.ndarray, " J"], head_rows: HeadRows, logits: Float[np.ndarray, "N J"]
-    ) -> "BaseRows":
-        weights = np.asarray(head_rows(row_ids), np.float32)
-        block = _block(
-            self.hidden.rows @ weights.T - self.log_norm[:, None],
-            self.top_ids.rows, self.top_logprobs.rows, self.rest_logprob, row_ids,
-        )  # fmt: skip
-        last = self.num_rows + len(row_ids)
-        logits[: self.num_positions, self.num_rows : last] = block.logits
-        covered, uncovered = self.covered | block.captured, self.uncovered.copy()
-        changed = block.captured.any(1)
-        if changed.any():
-            uncovered[changed] = _log_uncovered(self.top_logprobs.rows[changed], covered[changed])
-        return replace(
-            self,
-            row_ids=np.concatenate([self.row_ids, row_ids.astype(np.int32)]),
-            row_weights=self.row_weights.append(weights),
-            covered=covered,
-            uncovered=uncovered,
-            gathered=self.gathered + block.gathered,
-        )
-
-    def _join_positions(
-        self, capture: Capture, head_rows: HeadRows, logits: Float[np.ndarray, "N J"]
-    ) -> "BaseRows":
         hidden = np.asarray(capture.hidden, np.float32)
+        weights, ids = self.row_weights, self.row_ids
+        if len(row_ids):
+            weights = weights.append(np.asarray(head_rows(row_ids), np.float32))
+            ids = np.concatenate([ids, row_ids.astype(np.int32)])
         norm = log_norms(hidden, capture, head_rows)
         rest = np.maximum(capture.rest_logprob, np.float32(_LOG_FLOOR))
-        block = _block(
-            hidden @ self.row_weights.rows.T - norm[:, None],
-            capture.top_ids, capture.top_logprobs, rest, self.row_ids,
+        lower = _block(
+            hidden @ weights.rows.T - norm[:, None],
+            capture.top_ids, capture.top_logprobs, rest, ids,
         )  # fmt: skip
-        last = self.num_positions + len(hidden)
-        logits[self.num_positions : last, : self.num_rows] = block.logits
-        uncovered = _log_uncovered(capture.top_logprobs, block.captured)
-        return replace(
-            self,
+        right = self._columns_of(weights.rows[self.num_rows :], row_ids)
+        logits = np.zeros(shape, np.float32)
+        old, num_old_rows = self.num_positions, self.num_rows
+        logits[:old, :num_old_rows] = self.logits[:old, :num_old_rows]
+        logits[:old, num_old_rows : len(ids)] = right.logits
+        logits[old : old + len(hidden), : len(ids)] = lower.logits
+        covered = self.covered | right.captured
+        uncovered = self.uncovered.copy()
+        changed = right.captured.any(1)
+        uncovered[changed] = _log_uncovered(self.top_logprobs.rows[changed], covered[changed])
+        fresh = _log_uncovered(capture.top_logprobs, lower.captured)
+        return BaseRows(
             hidden=self.hidden.append(hidden),
             top_ids=self.top_ids.append(capture.top_ids),
             top_logprobs=self.top_logprobs.append(capture.top_logprobs),
             rest_logprob=np.concatenate([self.rest_logprob, rest]),
             log_norm=np.concatenate([self.log_norm, norm]),
+            row_ids=ids,
+            row_weights=weights,
             logits=logits,
-            covered=np.concatenate([self.covered, block.captured]),
-            uncovered=np.concatenate([self.uncovered, uncovered]),
-            gathered=np.concatenate([self.gathered, block.gathered]),
+            covered=np.concatenate([covered, lower.captured]),
+            uncovered=np.concatenate([uncovered, fresh]),
+            gathered=np.concatenate([self.gathered + right.gathered, lower.gathered]),
         )
+
+    def _columns_of(
+        self, weights: Float[np.ndarray, "K D"], row_ids: Int[np.ndarray, " K"]
+    ) -> _Block:
+        """The known positions on further rows."""
+        logits = self.hidden.rows @ weights.T - self.log_norm[:, None]
+        return _block(logits, self.top_ids.rows, self.top_logprobs.rows, self.rest_logprob, row_ids)

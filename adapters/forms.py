@@ -84,13 +84,14 @@ def conventions(
     candidates, first = _shared_targets(evidence)
     if len(candidates) == 0:
         return candidates
-    members = np.flatnonzero(evidence.is_member & np.isin(evidence.target, candidates))
-    belongs = evidence.target[members][:, None] == candidates[None, :]
+    asks = evidence.target[:, None] == candidates[None, :]
+    members = np.flatnonzero(evidence.is_member & asks.any(1))
+    belongs = asks[members]
     action = (evidence.gram[:, members] + const) * strength[members]
     shifted = base_logits[:, row_of[first]] + action @ belongs
     takes_over = shifted > (argmax_logit - _TAKEOVER)[:, None]
     replaces = (evidence.argmax[:, None] == evidence.argmax[members][None, :]) @ belongs
-    other = evidence.is_active[:, None] & (evidence.target[:, None] != candidates[None, :])
+    other = evidence.is_active[:, None] & ~asks
     return candidates[~(other & (takes_over | replaces)).any(0)]
 
 

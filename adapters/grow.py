@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from adapters.base_rows import HeadRows, log_odds
+from adapters.base_rows import BaseRows, HeadRows, log_odds
 from adapters.batch import Batch
 from adapters.errors import CandidateRejected
 from adapters.solve import MAX_POSITIONS, MAX_ROWS, POSITION_BUCKETS, ROW_BUCKETS, bucket_of
@@ -58,44 +58,50 @@ def grow(state: HeadState, batch: Batch, row_ids: np.ndarray, head_rows: HeadRow
     coefficients[: state.gram.shape[0], : state.coefficients.shape[1]] = state.coefficients
     known = state.feedback_ids
     ids = known if batch.feedback_id in known else (*known, batch.feedback_id)
-    grown = replace(
-        state, base=base, keys=keys, gram=gram, coefficients=coefficients, feedback_ids=ids
+    return replace(
+        state,
+        base=base,
+        keys=keys,
+        gram=gram,
+        columns=_columns(state, batch, base, cross, ids.index(batch.feedback_id)),
+        coefficients=coefficients,
+        feedback_ids=ids,
     )
-    return replace(grown, columns=_columns(grown, batch, cross))
 
 
-def _columns(grown: HeadState, batch: Batch, cross: np.ndarray) -> Columns:
+def _columns(
+    state: HeadState, batch: Batch, base: BaseRows, cross: np.ndarray, feedback: int
+) -> Columns:
     """The old columns and those of the batch; a constraint needs what it has by now."""
-    columns, config = grown.columns, grown.config
-    old, count = len(columns.target), grown.num_positions
-    row = grown.base.columns(batch.targets).astype(np.int32)
+    config, old, count = state.config, state.num_positions, len(batch.targets)
+    row = base.columns(batch.targets).astype(np.int32)
     argmax = batch.capture.top_ids[:, 0]
-    need = np.full(count - old, logit(config.target_probability), np.float32)
+    need = np.full(count, logit(config.target_probability), np.float32)
     if not batch.is_edit.all():
-        odds = _best_log_odds(grown, argmax, row, cross[:, :old])
+        odds = _best_log_odds(state, base, argmax, row, cross[:, :old])
         kept = config.constraint_fraction / (1.0 + np.exp(-odds[~batch.is_edit]))
         need[~batch.is_edit] = logit(kept.clip(_LEAST_NEED, _MOST_NEED))
-    no, yes = np.zeros(count - old, np.bool_), np.ones(count - old, np.bool_)
-    return columns.followed_by(Columns(
+    no = np.zeros(count, np.bool_)
+    return state.columns.followed_by(Columns(
         target=batch.targets.astype(np.int32), row=row, argmax=argmax,
         argmax_logit=batch.capture.top_logprobs[:, 0],
-        feedback=np.full(count - old, grown.feedback_ids.index(batch.feedback_id), np.int32),
-        need=need, norm=cross[np.arange(count - old), np.arange(old, count)],
-        is_edit=batch.is_edit, is_active=yes, is_repeat=no, is_convention=no,
-        strength=np.zeros(count - old, np.float64),
+        feedback=np.full(count, feedback, np.int32), need=need, norm=np.diagonal(cross, old),
+        is_edit=batch.is_edit, is_active=~no, is_repeat=no, is_convention=no,
+        strength=np.zeros(count, np.float64),
     ))  # fmt: skip
 
 
 def _best_log_odds(
-    grown: HeadState, argmax: np.ndarray, row: np.ndarray, cross: np.ndarray
+    state: HeadState, base: BaseRows, argmax: np.ndarray, row: np.ndarray, cross: np.ndarray
 ) -> np.ndarray:
     """Log-odds of the new positions' targets, served or base, whichever is higher; float64.
 
     The base's counts too: an edit may have pushed a token down that is now declared right.
     """
-    columns, num_rows = grown.columns, grown.base.num_rows
-    old = len(columns.target)
-    base = grown.base.logits[old : old + len(row), :num_rows].astype(np.float64)
-    rest = grown.base.rest[old:].astype(np.float64)
-    shift = (cross + grown.features(argmax)) @ grown.coefficients[:old, :num_rows]
-    return np.maximum(log_odds(base, rest, row), log_odds(base + shift, rest, row))
+    old, num_old_rows = state.num_positions, state.base.num_rows
+    logits = base.logits[old : old + len(row), : base.num_rows].astype(np.float64)
+    rest = base.rest[old:].astype(np.float64)
+    base_odds = log_odds(logits, rest, row)
+    kernel = cross + state.features(argmax)
+    logits[:, :num_old_rows] += kernel @ state.coefficients[:old, :num_old_rows]
+    return np.maximum(base_odds, log_odds(logits, rest, row))

@@ -17,6 +17,7 @@ left is, to the bit, what would be there if the removed feedback had never come.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -64,11 +65,11 @@ def add(state: HeadState, batch: Batch, head_rows: HeadRows) -> tuple[HeadState,
     grown = grow(state, admitted, row_ids, head_rows)
     if grown.num_positions == state.num_positions:
         return replace(grown, log=(*state.log, batch)), _report(grown, (0, 0), num_dropped, ())
-    grown, conflicts = _replace_contradicted(grown, state.num_positions)
-    grown, is_first = _choose_forms(grown, state.num_positions)
+    verdict = _contradictions(grown, state.num_positions)
+    grown, is_first = _choose_forms(grown, state.num_positions, verdict)
     grown, num_sweeps, num_steps = _solved(grown, is_first, 0)
     grown = replace(grown, is_settled=False, log=(*state.log, batch))
-    return grown, _report(grown, (num_sweeps, num_steps), num_dropped, conflicts)
+    return grown, _report(grown, (num_sweeps, num_steps), num_dropped, verdict.replaced)
 
 
 def settle(state: HeadState) -> tuple[HeadState, SolveReport]:
@@ -111,42 +112,42 @@ def remove(state: HeadState, feedback_id: str, head_rows: HeadRows) -> HeadState
     return replay(HeadState.empty(state.metric, state.config), rest, head_rows)
 
 
-def _replace_contradicted(state: HeadState, old: int) -> tuple[HeadState, tuple[str, ...]]:
-    """Put out of action what the positions from `old` on contradict: the newest word counts.
+class _Verdict(NamedTuple):
+    """What new positions do to the older ones."""
+
+    is_active: np.ndarray  # [N]
+    is_repeat: np.ndarray  # [N]
+    replaced: tuple[str, ...]  # feedbacks that lost a position
+
+
+def _contradictions(state: HeadState, old: int) -> _Verdict:
+    """Who stays in action once the positions from `old` on have spoken: the newest word counts.
 
     Two positions contradict each other when their keys cannot be told apart, their base argmax is
     the same and their targets differ. A token that a corrected answer merely left standing is not
     such a word: it gives way to what was learned before it.
     """
-    columns = state.columns
-    count, new, past = state.num_positions, slice(old, None), slice(None, old)
-    cosine = state.gram[old:count, :old] / np.sqrt(
-        columns.norm[new, None] * columns.norm[None, past]
-    )
+    columns, count = state.columns, state.num_positions
+    new, past = slice(old, None), slice(None, old)
+    norms = columns.norm[new, None] * columns.norm[None, past]
     same = (
-        (cosine >= state.config.same_key_cosine)
+        (state.gram[old:count, :old] >= state.config.same_key_cosine * np.sqrt(norms))
         & (columns.argmax[new, None] == columns.argmax[None, past])
         & columns.is_active[None, past]
         & (columns.feedback[new, None] != columns.feedback[None, past])
     )
+    if not same.any():
+        return _Verdict(columns.is_active, columns.is_repeat, ())
     agrees = columns.target[new, None] == columns.target[None, past]
-    is_repeat = columns.is_repeat.copy()
+    is_active, is_repeat = columns.is_active.copy(), columns.is_repeat.copy()
     is_repeat[new] = (same & agrees).any(1)
     against = same & ~agrees
-    if not against.any():
-        return replace(state, columns=replace(columns, is_repeat=is_repeat)), ()
-    is_active = columns.is_active.copy()
     is_left_standing = ~columns.is_edit[new] & _corrects(state, old)
-    is_active[new] &= ~(is_left_standing & against.any(1))
+    is_active[new] = ~(is_left_standing & against.any(1))
     replaced = against[~is_left_standing].any(0)
     is_active[past] &= ~replaced
-    coefficients = np.where(_padded(is_active, state)[:, None], state.coefficients, np.float32(0))
     feedbacks = np.unique(columns.feedback[past][replaced])
-    columns = replace(columns, is_active=is_active, is_repeat=is_repeat)
-    return (
-        replace(state, columns=columns, coefficients=coefficients),
-        tuple(state.feedback_ids[index] for index in feedbacks),
-    )
+    return _Verdict(is_active, is_repeat, tuple(state.feedback_ids[i] for i in feedbacks))
 
 
 def _corrects(state: HeadState, old: int) -> bool:
@@ -158,29 +159,36 @@ def _corrects(state: HeadState, old: int) -> bool:
     return bool(columns.is_edit[columns.feedback == columns.feedback[old]].any())
 
 
-def _choose_forms(state: HeadState, old: int) -> tuple[HeadState, np.ndarray]:
-    """Choose each target's form anew; who changed it starts from zero. Also who steps first [N]."""
+def _choose_forms(state: HeadState, old: int, verdict: _Verdict) -> tuple[HeadState, np.ndarray]:
+    """Choose each target's form anew; who changed it starts from zero. Also who steps first [N].
+
+    The solver drops the coefficients of whoever is no longer active.
+    """
     columns, config, count = state.columns, state.config, state.num_positions
     const = config.const_weight * state.metric.mean_norm
     logits = state.base.logits[:count]
+    is_member = verdict.is_active & columns.is_edit & (columns.argmax != columns.target)
     evidence = Evidence(
         gram=state.gram[:count, :count], argmax=columns.argmax, target=columns.target,
-        feedback=columns.feedback, is_active=columns.is_active, is_member=columns.is_member,
-        is_repeat=columns.is_repeat,
+        feedback=columns.feedback, is_active=verdict.is_active, is_member=is_member,
+        is_repeat=verdict.is_repeat,
     )  # fmt: skip
-    is_intact = not columns.strength[:old][~columns.is_active[:old]].any()
+    is_intact = not columns.strength[:old][~verdict.is_active[:old]].any()
     known = columns.strength[: old if is_intact else 0]
     unknown = np.arange(len(known), count)
     own = logits[unknown, columns.row[unknown]].astype(np.float64)
     needed = logit(config.target_probability) - own + np.log1p(-np.exp(np.minimum(own, -1e-6)))
     strength = extend_strength(known, evidence, needed, const)
     taught = conventions(evidence, strength, logits, columns.argmax_logit, columns.row, const)
-    is_convention = columns.is_member & np.isin(columns.target, taught)
+    is_convention = is_member & (columns.target[:, None] == taught[None, :]).any(1)
     is_first = is_convention != columns.is_convention
     coefficients = np.where(_padded(is_first, state)[:, None], np.float32(0), state.coefficients)
     is_first[old:] = True
-    columns = replace(columns, strength=strength, is_convention=is_convention)
-    return replace(state, columns=columns, coefficients=coefficients), is_first & columns.is_edit
+    chosen = replace(
+        columns, is_active=verdict.is_active, is_repeat=verdict.is_repeat,
+        strength=strength, is_convention=is_convention,
+    )  # fmt: skip
+    return replace(state, columns=chosen, coefficients=coefficients), is_first & columns.is_edit
 
 
 def _padded(column: np.ndarray, state: HeadState) -> np.ndarray:

@@ -146,14 +146,14 @@ def _step(
     tau = _tau(rivals, direction, need + AIM_MARGIN, max_step)
     tau = tau + jnp.minimum(excess * tau, _MAX_EXCESS)
 
-    own, old = kernel_NN[j, j], state.coefficients[j]
-    room = jnp.maximum(max_shift - old[target] * own, jnp.float32(0))
+    own = kernel_NN[j, j]
+    room = jnp.maximum(max_shift - state.coefficients[j, target] * own, jnp.float32(0))
     holds = rivals.lead - jnp.log(total) >= need
     tau = jnp.where(holds, jnp.float32(0), jnp.minimum(tau, room))
-    new = jnp.clip(old + tau / own * direction, -max_shift / own, max_shift / own)
-    logits = state.logits + kernel_NN[:, j][:, None] * (new - old)[None, :]
+    change = tau / own * direction  # no other row moves further than the target's
+    logits = state.logits + kernel_NN[:, j][:, None] * change[None, :]
     has_moved = tau > jnp.float32(_LEAST_STEP)
-    return _State(state.coefficients.at[j].set(new), logits), has_moved.astype(jnp.int32)
+    return _State(state.coefficients.at[j].add(change), logits), has_moved.astype(jnp.int32)
 
 
 def _pass(

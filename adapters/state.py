@@ -54,11 +54,6 @@ class Columns:
             n: np.concatenate([getattr(self, n), getattr(other, n)]) for n in self.__slots__
         })  # fmt: skip
 
-    @property
-    def is_member(self) -> np.ndarray:
-        """Active corrections of a token the base had wrong."""
-        return self.is_active & self.is_edit & (self.argmax != self.target)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class HeadState:

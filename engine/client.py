@@ -120,12 +120,13 @@ class EngineClient:
             kind=kind, job=job, tokens=[*prompt_ids, *more], num_prompt=len(prompt_ids)
         )
         stream = self._submit(sequence)
-        result = None
+        ended = False
         try:
             result = await stream.get()
+            ended = True
         finally:
             self._streams.pop(request_id, None)
-            if result is None:
+            if not ended:
                 self._loop.cancel(request_id)
         if isinstance(result, Exception):
             raise result

@@ -18,6 +18,7 @@ from engine.errors import ShapeError
 from engine.ops.head_delta import HeadStack
 
 Resident = tuple[tuple[str, ...], int]  # slot key, version
+SlotArrays = dict[str, np.ndarray]  # one slot of a HeadStack, by field
 
 
 class HeadSlots:
@@ -71,7 +72,7 @@ class HeadSlots:
                 return self._resident.pop(key)
         return None
 
-    def _pad(self, table: HeadTable | None) -> HeadStack:
+    def _pad(self, table: HeadTable | None) -> SlotArrays:
         """One slot's arrays at full size. Raises ShapeError when the table does not fit."""
         plan = self._plan
         sizes = (plan.head_rank, plan.head_tokens, plan.head_rows)
@@ -84,31 +85,34 @@ class HeadSlots:
                 f"head edits of rank {rank}, {tokens} token keys and {rows} rows exceed a slot of "
                 f"{sizes[0]}, {sizes[1]} and {sizes[2]}; truncate them or raise the engine's sizes"
             )
-        padded.keys[:rank] = table.keys
-        padded.token_ids[:tokens] = table.token_ids
-        padded.token_keys[:rank, :tokens] = table.token_keys
-        padded.const_keys[:rank] = table.const_keys
-        padded.row_ids[:rows] = table.row_ids
-        padded.values[:rank, :rows] = table.values
-        return padded._replace(num_rows=np.int32(rows))
+        padded["keys"][:rank] = table.keys
+        padded["token_ids"][:tokens] = table.token_ids
+        padded["token_keys"][:rank, :tokens] = table.token_keys
+        padded["const_keys"][:rank] = table.const_keys
+        padded["row_ids"][:rows] = table.row_ids
+        padded["values"][:rank, :rows] = table.values
+        padded["num_rows"][...] = rows
+        return padded
 
 
-def _empty_slot(rank: int, tokens: int, rows: int, hidden_size: int, vocab_size: int) -> HeadStack:
-    return HeadStack(
-        keys=np.zeros((rank, hidden_size), np.float32),
-        token_ids=np.full((tokens,), -1, np.int32),
-        token_keys=np.zeros((rank, tokens), np.float32),
-        const_keys=np.zeros((rank,), np.float32),
-        row_ids=np.full((rows,), vocab_size, np.int32),
-        values=np.zeros((rank, rows), np.float32),
-        num_rows=np.int32(0),
-    )
+def _empty_slot(rank: int, tokens: int, rows: int, hidden_size: int, vocab_size: int) -> SlotArrays:
+    """The arrays of a slot that shifts nothing, by the names of `HeadStack`."""
+    return {
+        "keys": np.zeros((rank, hidden_size), np.float32),
+        "token_ids": np.full((tokens,), -1, np.int32),
+        "token_keys": np.zeros((rank, tokens), np.float32),
+        "const_keys": np.zeros((rank,), np.float32),
+        "row_ids": np.full((rows,), vocab_size, np.int32),
+        "values": np.zeros((rank, rows), np.float32),
+        "num_rows": np.zeros((), np.int32),
+    }
 
 
 def _empty_stack(plan: EnginePlan, hidden_size: int, vocab_size: int) -> HeadStack:
     one = _empty_slot(plan.head_rank, plan.head_tokens, plan.head_rows, hidden_size, vocab_size)
-    return HeadStack(*(jnp.broadcast_to(a, (plan.num_head_slots, *np.shape(a))) + 0 for a in one))
+    shape = (plan.num_head_slots,)
+    return HeadStack(**{n: jnp.array(np.broadcast_to(a, shape + a.shape)) for n, a in one.items()})
 
 
-def _write_slot(stack: HeadStack, slot: Int[Array, ""], one: HeadStack) -> HeadStack:
-    return HeadStack(*(whole.at[slot].set(part) for whole, part in zip(stack, one, strict=True)))
+def _write_slot(stack: HeadStack, slot: Int[Array, ""], one: dict[str, Array]) -> HeadStack:
+    return HeadStack(**{n: whole.at[slot].set(one[n]) for n, whole in stack._asdict().items()})

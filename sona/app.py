@@ -1,7 +1,7 @@
 """Composition: what exists, in which order it starts, in which order it stops.
 
-    start   data directory → ports → journal, store → model → engine → gates → learner → ready
-    stop    refuse → drain (grace) → cancel → learner → engine → journal, store → data directory
+start   data directory → ports → journal, store → model → engine → gates → learner → ready
+stop    refuse → drain (grace) → cancel → learner → engine → journal, store → data directory
 """
 
 import asyncio
@@ -74,9 +74,7 @@ class _Stage:
         return self.name
 
 
-def run(
-    config: SonaConfig, *, progress: Progress, on_ready: Callable[[Addresses], None]
-) -> None:
+def run(config: SonaConfig, *, progress: Progress, on_ready: Callable[[Addresses], None]) -> None:
     """Serve until SIGINT or SIGTERM. Blocking. Raises what start-up refuses."""
     try:
         asyncio.run(serve(config, progress=progress, on_ready=on_ready))
@@ -187,7 +185,10 @@ async def _start_http(
 
 
 async def _start_parts(
-    stack: contextlib.AsyncExitStack, config: SonaConfig, data: DataDir, stage: _Stage,
+    stack: contextlib.AsyncExitStack,
+    config: SonaConfig,
+    data: DataDir,
+    stage: _Stage,
     progress: Progress,
 ) -> _Parts:
     """Everything slow, with the ports already bound."""
@@ -202,8 +203,12 @@ async def _start_parts(
         progress(name, done, total)
 
     warm = await asyncio.to_thread(
-        warm_up, config.model, config.server.served_model_name, config.engine,
-        learns=config.learning.enabled, progress=staged,
+        warm_up,
+        config.model,
+        config.server.served_model_name,
+        config.engine,
+        learns=config.learning.enabled,
+        progress=staged,
     )
     engine = EngineClient(warm.model, warm.tokenizer, warm.plan, warm.runner)
     stack.callback(engine.close)
@@ -227,19 +232,26 @@ def _publish_live(store: AdapterStore, routing: Routing, base_hash: str) -> None
     """What was learned before is loaded, never computed again."""
     for version in store.all_live(base_hash):
         if isinstance(version, LoadFailure):
-            log.warning("%s version %d is not served: %s", version.slot, version.number,
-                        version.error)
+            log.warning(
+                "%s version %d is not served: %s", version.slot, version.number, version.error
+            )
         else:
             routing.publish(version)
 
 
 def _compose(
-    config: SonaConfig, warm: Warm, engine: EngineClient, journal: Journal, store: AdapterStore,
+    config: SonaConfig,
+    warm: Warm,
+    engine: EngineClient,
+    journal: Journal,
+    store: AdapterStore,
     routing: Routing,
 ) -> _Parts:
     info, plan, events = warm.info, warm.plan, EventBus()
     metrics = Metrics(
-        version=metadata.version("sona"), model=info.name, dtype=info.dtype,
+        version=metadata.version("sona"),
+        model=info.name,
+        dtype=info.dtype,
         base_hash=info.base_hash,
     )
     metrics.watch_engine(engine.stats)
@@ -247,7 +259,9 @@ def _compose(
     metrics.watch_adapters(lambda: len(store.slots()))
     captures = CaptureRing(config.learning.capture_memory_bytes, config.data.retention_s)
     limits = Limits(
-        model_names=(info.name,), max_model_len=plan.max_len, vocab_size=info.vocab_size,
+        model_names=(info.name,),
+        max_model_len=plan.max_len,
+        vocab_size=info.vocab_size,
         max_correction_bytes=config.learning.max_correction_bytes,
     )
     table_limits = TableLimits(
@@ -258,27 +272,47 @@ def _compose(
     def targets(record: FeedbackRecord) -> tuple[int, ...]:
         return target_ids(warm.tokenizer, record)
 
-    loop = InstantLoop(journal, patterns, engine, events, targets, metrics.instant_update)
+    loop = InstantLoop(journal, patterns, engine, events, targets, metrics)
     running: dict[str, str] = {}
     inference = InferenceService(
-        generator=engine, tokenizer=warm.tokenizer, routing=routing, store=store,
-        journal=journal, captures=captures, model=info, limits=limits,
-        keeps_captures=config.learning.enabled, running=running,
+        generator=engine,
+        tokenizer=warm.tokenizer,
+        routing=routing,
+        store=store,
+        journal=journal,
+        captures=captures,
+        model=info,
+        limits=limits,
+        keeps_captures=config.learning.enabled,
+        running=running,
+        observe=metrics.generation_ended,
     )
     feedback = FeedbackService(
-        journal=journal, captures=captures, tokenizer=warm.tokenizer, routing=routing,
-        events=events, loop=loop if config.learning.enabled else None,
+        journal=journal,
+        captures=captures,
+        tokenizer=warm.tokenizer,
+        routing=routing,
+        events=events,
+        loop=loop if config.learning.enabled else None,
+        metrics=metrics,
     )
     learning = LearningService(
-        store=store, journal=journal, patterns=patterns, events_bus=events, loop=loop,
+        store=store,
+        journal=journal,
+        patterns=patterns,
+        events_bus=events,
+        loop=loop,
         is_enabled=config.learning.enabled,
     )
-    control = ControlService(
-        info=_server_info(config, warm), generator=engine, running=running
-    )
+    control = ControlService(info=_server_info(config, warm), generator=engine, running=running)
     return _Parts(
-        warm=warm, metrics=metrics, inference=inference, feedback=feedback, learning=learning,
-        control=control, limits=limits,
+        warm=warm,
+        metrics=metrics,
+        inference=inference,
+        feedback=feedback,
+        learning=learning,
+        control=control,
+        limits=limits,
     )
 
 

@@ -15,6 +15,7 @@ from sona.bench.child import child_server
 from sona.bench.classroom import Classroom, Marks, base_right
 from sona.bench.tasks import Convention, Item
 from sona.client import AsyncClient
+from sona.v1 import learning_pb2
 
 _STAGES = (0, 1, 4, 16)
 _NUM_ITEMS = 200  # per cell
@@ -22,6 +23,7 @@ _LESSONS = (("F1", "date-slash"), ("F2", "rename"))
 _HELD_OUT = 0.90  # after 4 corrections and more
 _NEIGHBOURS = 0.95
 _OTHERS = 0.01  # largest loss
+_MAX_LOOKS = 30_000  # for a new version, a millisecond apart
 _BASE = 0.10  # the convention must not be known before
 _YOUR_OWN = """
 The same with your own checkpoint (Llama, Qwen2 or Qwen3, Hugging Face layout):
@@ -113,8 +115,14 @@ async def _lesson(
 
 
 async def _stage(
-    convention: Convention, room: Classroom, cells: _Cells, stage: int, delays: list[float],
-    before: Marks | None, console: Console, outcome: _Outcome,
+    convention: Convention,
+    room: Classroom,
+    cells: _Cells,
+    stage: int,
+    delays: list[float],
+    before: Marks | None,
+    console: Console,
+    outcome: _Outcome,
 ) -> Marks:
     """Examine, print a row, hold the bounds. Returns the base's answers to the other tasks."""
 
@@ -149,15 +157,15 @@ async def _stage(
     return before
 
 
-async def _timed_correction(
-    room: Classroom, client: AsyncClient, item: Item, target: str
-) -> float:
-    """Correct; seconds from the acknowledgement until a new request is answered by a new version."""
+async def _timed_correction(room: Classroom, client: AsyncClient, item: Item, target: str) -> float:
+    """Correct; seconds from the acknowledgement until a request was answered by a new version."""
     reply = await room.ask(item, adapter="none", learn=True)
     known = _newest(await client.adapters())
     sent = await client.feedback(reply.request_id, correction=target)
     acknowledged = time.monotonic()
-    while _newest(await client.adapters()) == known:
+    for _ in range(_MAX_LOOKS):
+        if _newest(await client.adapters()) != known:
+            break
         await asyncio.sleep(0.001)
     await room.ask(item)
     changed_s = time.monotonic() - acknowledged
@@ -165,12 +173,16 @@ async def _timed_correction(
     return changed_s
 
 
-def _newest(adapters: list) -> dict[str, int]:
+def _newest(adapters: list[learning_pb2.Adapter]) -> dict[str, int]:
     return {adapter.name: adapter.version for adapter in adapters}
 
 
 async def _rolled_back(
-    room: Classroom, client: AsyncClient, cells: _Cells, before: Marks, console: Console,
+    room: Classroom,
+    client: AsyncClient,
+    cells: _Cells,
+    before: Marks,
+    console: Console,
     outcome: _Outcome,
 ) -> None:
     """Undo everything and show that the old model is back."""

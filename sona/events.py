@@ -31,9 +31,7 @@ class EventBus:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self.emit, tenant, event)
 
-    async def watch(
-        self, tenant: str, kinds: frozenset[EventKind]
-    ) -> AsyncGenerator[Event, None]:
+    async def watch(self, tenant: str, kinds: frozenset[EventKind]) -> AsyncGenerator[Event, None]:
         """The tenant's events from now on; empty `kinds` means all."""
         with self._subscribed(tenant) as queue:
             while True:

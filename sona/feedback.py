@@ -11,12 +11,13 @@ from engine.text import Tokenizer
 from sona.auth import Principal
 from sona.captures import CaptureRing
 from sona.checks import check_correction
-from sona.errors import FeedbackNotFound, ForeignRequest, InvalidField
+from sona.errors import FeedbackNotFound, ForeignRequest, InvalidField, SonaError
 from sona.events import EventBus
 from sona.journal import (
     Choice,
     Correction,
     FeedbackDraft,
+    FeedbackKind,
     FeedbackOutcome,
     FeedbackRecord,
     Journal,
@@ -26,6 +27,7 @@ from sona.journal import (
 )
 from sona.loops.instant import InstantLoop
 from sona.loops.lessons import captured_lesson, scored_lesson
+from sona.metrics import Metrics
 from sona.ports import Event, EventKind
 from sona.requests import FeedbackCall, Preview, PreviewEdit
 from sona.routing import Routing
@@ -41,11 +43,18 @@ class FeedbackService:
     routing: Routing
     events: EventBus
     loop: InstantLoop | None  # None: the server does not learn
+    metrics: Metrics
 
     async def submit(self, call: FeedbackCall, principal: Principal) -> FeedbackOutcome:
         """Store a feedback; returns after its commit. Raises what `sona.ports.Feedback` lists."""
-        draft, positions = await asyncio.to_thread(self._prepared, call, principal)
-        outcome = await asyncio.wrap_future(self.journal.add_feedback(draft, positions))
+        kind = FeedbackKind(type(call.signal).__name__.lower())
+        try:
+            draft, positions = await asyncio.to_thread(self._prepared, call, principal)
+            outcome = await asyncio.wrap_future(self.journal.add_feedback(draft, positions))
+        except SonaError:
+            self.metrics.feedback_submitted(kind, "refused")
+            raise
+        self.metrics.feedback_submitted(kind, "duplicate" if outcome.is_duplicate else "accepted")
         if not outcome.is_duplicate:
             record = outcome.record
             accepted = Event(
@@ -143,7 +152,7 @@ class FeedbackService:
             position=found.num_common,
             old_token_id=old,
             old_text="" if old is None else self.tokenizer.decode([old]),
-            new_token_id=-1 if new is None else new,
+            new_token_id=new,
             new_text="" if new is None else self.tokenizer.decode([new]),
             base_probability=probability,
         )

@@ -1,7 +1,7 @@
 """Tokens out of the served model: prompts to jobs, updates to replies, answers to the journal."""
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -53,6 +53,7 @@ class InferenceService:
     limits: Limits
     keeps_captures: bool  # False: the server does not learn
     running: dict[str, str]  # engine id to principal, of requests under way
+    observe: Callable[[GenerateReply, float | None], None]  # reply, seconds to the first token
 
     async def generate(
         self, call: GenerateCall, principal: Principal
@@ -75,9 +76,12 @@ class InferenceService:
             capture=call.learn and self.keeps_captures,
         )
         yield Started(request_id=call.request_id, num_prompt_tokens=len(prompt_ids))
-        tokens = []
+        tokens: list[Token] = []
+        first_token_s = None
         async with aclosing(self._updates(job, principal)) as updates:
             async for update in updates:
+                if update.tokens and first_token_s is None:
+                    first_token_s = time.monotonic() - started
                 tokens += update.tokens
                 if update.tokens or update.text:
                     yield Delta(tokens=update.tokens, text=update.text)
@@ -87,7 +91,9 @@ class InferenceService:
                     self._remember(call, principal, prompt_ids, update.final, arrived)
                 total_s = time.monotonic() - started
                 logprobs = tuple(tokens) if call.sampling.logprobs is not None else ()
-                yield _reply(call.request_id, update.final, logprobs, total_s)
+                reply = _reply(call.request_id, update.final, logprobs, total_s)
+                self.observe(reply, first_token_s)
+                yield reply
 
     async def _updates(self, job: Job, principal: Principal) -> AsyncGenerator[Update, None]:
         """The engine's updates, with the request listed as running meanwhile."""
@@ -150,7 +156,11 @@ class InferenceService:
         )
 
     def _remember(
-        self, call: GenerateCall, principal: Principal, prompt_ids: tuple[int, ...], final: Final,
+        self,
+        call: GenerateCall,
+        principal: Principal,
+        prompt_ids: tuple[int, ...],
+        final: Final,
         arrived: float,
     ) -> None:
         """Journal the answer without waiting for the disk, and keep its states for feedback."""
@@ -191,7 +201,9 @@ def _spans(final: Final) -> tuple[AdapterSpan, ...]:
     return (AdapterSpan(final.head.name, final.head.version, 0, final.num_completion_tokens),)
 
 
-def _reply(request_id: str, final: Final, logprobs: tuple[Token, ...], total_s: float) -> GenerateReply:
+def _reply(
+    request_id: str, final: Final, logprobs: tuple[Token, ...], total_s: float
+) -> GenerateReply:
     answer = Answer(
         text=final.text,
         token_ids=final.token_ids,
@@ -208,7 +220,9 @@ def _reply(request_id: str, final: Final, logprobs: tuple[Token, ...], total_s: 
             num_completion_tokens=final.num_completion_tokens,
         ),
         timing=CallTiming(
-            queue_s=timing.queue_s, prefill_s=timing.prefill_s, decode_s=timing.decode_s,
+            queue_s=timing.queue_s,
+            prefill_s=timing.prefill_s,
+            decode_s=timing.decode_s,
             total_s=total_s,
         ),
         adapter_versions=_spans(final),

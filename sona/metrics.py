@@ -49,6 +49,7 @@ class Metrics:
             {"model": model, "dtype": dtype, "base_hash": base_hash}
         )
         self._make_call_metrics(registry)
+        self._make_generation_metrics(registry)
         self._make_learning_metrics(registry)
 
     def _make_call_metrics(self, registry: CollectorRegistry) -> None:
@@ -65,6 +66,8 @@ class Metrics:
             buckets=_CALL_S,
             registry=registry,
         )
+
+    def _make_generation_metrics(self, registry: CollectorRegistry) -> None:
         self._generations = Counter(
             "sona_generations",
             "Answers that ended, by reason.",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from adapters.gate import Gate, GateIndex, GenericStats, route
-from adapters.store import SlotKey, Version
+from adapters.store import SlotKey, Version, VersionInfo
 from engine.api import HeadChoice, HeadRef
 
 Caller = tuple[str, str]  # tenant, principal
@@ -20,10 +20,14 @@ Caller = tuple[str, str]  # tenant, principal
 class Live:
     """A version in force, ready to be served and to be extended."""
 
-    slot: SlotKey
-    number: int
+    info: VersionInfo
     gate: Gate
     head: HeadRef
+
+    @property
+    def slot(self) -> SlotKey:
+        """Whose pattern it is."""
+        return self.info.slot
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,7 +55,7 @@ class Routing:
             if version.gate is None:
                 of_tenant.pop(slot, None)
             else:
-                of_tenant[slot] = Live(slot, version.number, version.gate, version.head_ref())
+                of_tenant[slot] = Live(version.info, version.gate, version.head_ref())
             for caller in [c for c in self._snapshots if c[0] == slot.tenant]:
                 if not slot.owner or caller[1] == slot.owner:
                     self._snapshots[caller] = self._build(caller)
@@ -77,6 +81,10 @@ class Routing:
     def live(self, slot: SlotKey) -> Live | None:
         """What is in force in a slot."""
         return self._live.get(slot.tenant, {}).get(slot)
+
+    def all_live(self) -> list[Live]:
+        """What is in force, of everybody."""
+        return [live for of_tenant in self._live.values() for live in of_tenant.values()]
 
     def _build(self, caller: Caller) -> _Snapshot:
         """The caller's own patterns, and the tenant's where the caller has none of its own."""

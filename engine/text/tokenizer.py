@@ -103,6 +103,7 @@ class Tokenizer:
         marks = [f"\ue000{index}\ue001" for index in range(len(messages))]  # private-use letters
         contents = [message["content"].replace("\ue000", "") for message in messages]
         marked = [{**m, "content": mark} for m, mark in zip(messages, marks, strict=True)]
+        assert self._template is not None, "chat_ids has looked"
         rest = self._template.render(marked, add_generation_prompt=add_generation_prompt)
         ids = []
         for mark, content in zip(marks, contents, strict=True):

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("prompt")
-@click.option("--system", help="A system message; implies --chat.")
-@click.option("--chat", is_flag=True, help="Send the prompt as a user message.")
+@click.option("--system", help="A system message.")
+@click.option("--raw", is_flag=True, help="Continue PROMPT as it is, without the chat template.")
 @click.option("--temperature", type=float, help="0 is greedy.")
 @click.option("--top-k", type=click.IntRange(min=0))
 @click.option("--top-p", type=float)
@@ -28,10 +28,12 @@ if TYPE_CHECKING:
 @click.option("--stream/--no-stream", default=True, help="Print the text as it comes.")
 @client_options
 def generate(
-    client: "Client", as_json: bool, prompt: str, system: str | None, chat: bool,
+    client: "Client", as_json: bool, prompt: str, system: str | None, raw: bool,
     adapter: str, request_id: str, no_learn: bool, stream: bool, **sampling: Any,
 ) -> None:  # fmt: skip
-    """Answer PROMPT. The last lines tell the request_id to give feedback on."""
+    """Answer PROMPT, a user's message. Then tell the request_id to give feedback on."""
+    if raw and system is not None:
+        raise click.UsageError("--raw has no place for --system")
     options = {name: value for name, value in sampling.items() if value not in (None, ())}
     options |= {"adapter": adapter, "request_id": request_id}
     if no_learn:
@@ -39,7 +41,7 @@ def generate(
     turns = [{"role": "user", "content": prompt}]
     if system is not None:
         turns.insert(0, {"role": "system", "content": system})
-    asked = turns if chat or system is not None else prompt
+    asked = prompt if raw else turns
     if not stream or as_json:
         response = client.generate(asked, **options)
         if as_json:

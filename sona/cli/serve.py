@@ -1,5 +1,6 @@
 """`sona serve`: load, warm up, serve, and say how to talk to it."""
 
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -36,6 +37,7 @@ def serve(
     """Serve MODEL, a directory in Hugging Face layout; without it the shipped model."""
     if model and model_flag and model != model_flag:
         raise click.UsageError(f"MODEL is {model} and --model is {model_flag}; give one")
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # it logs what we tell in our own words
     from sona.auth import hash_key
     from sona.cli.shared import failures_told
 
@@ -125,9 +127,11 @@ def ready_lines(addresses: "Addresses", config: "SonaConfig") -> list[str]:
         *exported,
         f"  sona generate{where} --temperature 0 'your prompt'",
         f"  sona feedback{where} REQUEST_ID --correction 'what it should have said'",
-        f"  python -c 'from sona import Client; print({client}.generate(\"your prompt\"))'",
+        f"  python -c 'from sona import Client; print({client}.generate(",
+        '    [{"role": "user", "content": "your prompt"}], temperature=0))\'',
         f"  buf curl --protocol grpc --http2-prior-knowledge {headers}\\",
-        f'    -d \'{{"text": "your prompt"}}\' http://{grpc}/sona.v1.InferenceService/Generate',
+        '    -d \'{"messages": {"messages": [{"role": "user", "content": "your prompt"}]}}\' \\',
+        f"    http://{grpc}/sona.v1.InferenceService/Generate",
         f"  curl {http}/metrics",
         "",
         "Ctrl-C ends it, after the requests under way.",

@@ -44,8 +44,8 @@ def refusals_told(address: str) -> Iterator[None]:
         yield
     except grpc.RpcError as error:
         text = explain(error)
-        if isinstance(error, grpc.Call) and error.code() is grpc.StatusCode.UNAVAILABLE:
-            text += f"\nIs a server running at {address}? Start one with: sona serve"
+        if "failed to connect" in text:  # gRPC's own words; a server's refusal has others
+            text = f"no server answers at {address}; start one with: sona serve"
         raise click.ClickException(text) from None
 
 

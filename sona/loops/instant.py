@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from adapters.errors import AdapterError
 from adapters.store import SlotKey, Version
@@ -29,11 +30,13 @@ from sona.journal import (
 )
 from sona.loops.lessons import as_batch, scored_lesson
 from sona.loops.patterns import Lesson, Patterns
+from sona.metrics import Metrics
 from sona.ports import Event, EventKind
 
 log = logging.getLogger(__name__)
 CorrectedIds = Callable[[FeedbackRecord], tuple[int, ...]]
 _PENDING_PAGE = 100
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +51,8 @@ class _Scored:
 class _Call:
     """Something to run on the learner thread for somebody who waits."""
 
-    function: Callable[[], object]
-    future: "Future[object]"
+    function: Callable[[], Any]
+    future: "Future[Any]"
 
 
 @dataclass(slots=True)
@@ -65,12 +68,17 @@ class InstantLoop:
     """One thread that turns committed feedback into versions."""
 
     def __init__(
-        self, journal: Journal, patterns: Patterns, generator: Generator, events: EventBus,
-        target_ids: CorrectedIds, observe_update: Callable[[str, float], None],
+        self,
+        journal: Journal,
+        patterns: Patterns,
+        generator: Generator,
+        events: EventBus,
+        target_ids: CorrectedIds,
+        metrics: Metrics,
     ) -> None:
         self._journal, self._patterns = journal, patterns
         self._generator, self._events = generator, events
-        self._target_ids, self._observe_update = target_ids, observe_update
+        self._target_ids, self._metrics = target_ids, metrics
         self._aio = asyncio.get_running_loop()
         self._inbox: queue.Queue[FeedbackRecord | _Scored | _Call | None] = queue.Queue()
         self._owing: dict[SlotKey, None] = {}  # patterns whose sweeps are due, oldest first
@@ -88,15 +96,16 @@ class InstantLoop:
             for record in page:
                 self._inbox.put(record)
             after = page[-1].seq
+        self._owing = dict.fromkeys(self._patterns.owing())
         self._thread.start()
 
     def notify(self, record: FeedbackRecord) -> None:
         """A learnable feedback was committed."""
         self._inbox.put(record)
 
-    def run(self, function: Callable[[], object]) -> "Future[object]":
+    def run(self, function: Callable[[], _T]) -> "Future[_T]":
         """Run something between two lessons, also while paused."""
-        future: Future[object] = Future()
+        future: Future[_T] = Future()
         self._inbox.put(_Call(function, future))
         return future
 
@@ -108,11 +117,13 @@ class InstantLoop:
     def pause(self, reason: str) -> None:
         """Learn nothing until `resume`; feedback waits."""
         self.pause_reason = reason
+        self._metrics.learning_paused(True)
         self._is_open.clear()
 
     def resume(self) -> None:
         """Learn what waits, and go on."""
         self.pause_reason = ""
+        self._metrics.learning_paused(False)
         self._is_open.set()
         self._inbox.put(_Call(lambda: None, Future()))  # wakes the thread
 
@@ -158,16 +169,20 @@ class InstantLoop:
         try:
             lesson()
         except AdapterError as error:
-            self.counts.num_failed += 1
+            self._failed()
             if record is None:
                 log.warning("a pattern could not be settled: %s", error)
             else:
                 self._give_up(record, FeedbackState.REJECTED, str(error))
         except Exception:
-            self.counts.num_failed += 1
+            self._failed()
             log.exception("a learning step failed; what was served before stays")
             if record is not None:
                 self._emit(record, EventKind.LEARNING_FAILED, reason="internal error")
+
+    def _failed(self) -> None:
+        self.counts.num_failed += 1
+        self._metrics.learning_step_failed()
 
     def _first_lesson(self, record: FeedbackRecord) -> None:
         """Learn from the captured states, then ask for those that are missing."""
@@ -219,13 +234,16 @@ class InstantLoop:
             raise scored.result
         known = self._journal.positions(record.seq)
         positions = scored_lesson(
-            self._target_ids(record), scored.result.capture,
+            self._target_ids(record),
+            scored.result.capture,
             skip=() if known is None else known.indices,
             is_confirmation=not isinstance(record.signal, Correction),
         )
         assert positions is not None, "a pass was asked for although nothing was missing"
         stored = self._journal.add_positions(
-            record.seq, positions, base_hash=record.base_hash,
+            record.seq,
+            positions,
+            base_hash=record.base_hash,
             prompt_vector=scored.result.prompt_vector,
         )
         is_correction = isinstance(record.signal, Correction)
@@ -246,7 +264,7 @@ class InstantLoop:
         solved_s = time.perf_counter() - started
         handed_s = self._publish(lesson, record, is_whole=is_whole)
         step = "sweeps" if lesson.state.is_settled else "first"
-        self._observe_update(step, solved_s + handed_s)
+        self._metrics.instant_update(step, solved_s + handed_s)
 
     def _publish(self, lesson: Lesson, record: FeedbackRecord, *, is_whole: bool) -> float:
         """Store and serve a lesson of this feedback; the seconds spent outside the store."""
@@ -273,10 +291,14 @@ class InstantLoop:
             self._published(version, None)
 
     def _published(self, version: Version, record: FeedbackRecord | None) -> None:
+        now = time.time()
         self.counts.num_published += 1
-        self.counts.last_publish = time.time()
+        self.counts.last_publish = now
+        self._metrics.version_published(
+            version.info.kind, None if record is None else now - record.created
+        )
         event = Event(
-            time=time.time(),
+            time=now,
             kind=EventKind.ADAPTER_PUBLISHED,
             principal=version.slot.owner,
             feedback_id="" if record is None else record.feedback_id,
@@ -299,7 +321,10 @@ class InstantLoop:
             self._emit(record, EventKind.FEEDBACK_REJECTED, reason=reason)
 
     def _emit(
-        self, record: FeedbackRecord, kind: EventKind, version: Version | None = None,
+        self,
+        record: FeedbackRecord,
+        kind: EventKind,
+        version: Version | None = None,
         reason: str = "",
     ) -> None:
         event = Event(

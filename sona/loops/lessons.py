@@ -40,7 +40,10 @@ def captured_lesson(
 
 
 def scored_lesson(
-    target_ids: Sequence[int], capture: Capture, *, skip: Sequence[int] = (),
+    target_ids: Sequence[int],
+    capture: Capture,
+    *,
+    skip: Sequence[int] = (),
     is_confirmation: bool = False,
 ) -> Positions | None:
     """What a whole answer teaches after a teacher-forced pass over it.

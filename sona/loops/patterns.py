@@ -14,7 +14,7 @@ from adapters.base_rows import HeadRows
 from adapters.batch import Batch
 from adapters.gate import Gate
 from adapters.state import HeadState
-from adapters.store import AdapterStore, SlotKey, Version, VersionDraft
+from adapters.store import AdapterStore, SlotKey, Version, VersionDraft, VersionInfo
 from adapters.table import TableLimits, TableReport, export
 from sona.journal import FeedbackRecord, FeedbackState, Journal
 from sona.loops.lessons import as_batch
@@ -32,15 +32,20 @@ class Lesson:
     state: HeadState
     gate: Gate
     report: head.SolveReport
-    seqs: tuple[int, ...]  # feedback in force
+    seqs: frozenset[int]  # feedback in force
 
 
 class Patterns:
     """Owner of the solver states."""
 
     def __init__(
-        self, store: AdapterStore, journal: Journal, routing: Routing, head_rows: HeadRows,
-        limits: TableLimits, base_hash: str,
+        self,
+        store: AdapterStore,
+        journal: Journal,
+        routing: Routing,
+        head_rows: HeadRows,
+        limits: TableLimits,
+        base_hash: str,
     ) -> None:
         self._store, self._journal, self._routing = store, journal, routing
         self._head_rows, self._limits, self._base_hash = head_rows, limits, base_hash
@@ -62,43 +67,42 @@ class Patterns:
         state = self._state(slot)
         step = head.learn if state.num_edits < _SETTLED_AT_ONCE else head.add
         state, report = step(state, batch, self._head_rows)
-        return Lesson(slot, state, self._gate(slot, record), report, self._seqs(slot, record.seq))
+        seqs = self._seqs(slot) | {record.seq}
+        return Lesson(slot, state, self._gate(slot, record), report, seqs)
 
     def resumed(self, slot: SlotKey, record: FeedbackRecord) -> Lesson | None:
         """The pattern as it is when it already holds this feedback; None when it does not."""
         live = self._routing.live(slot)
-        if live is None or record.seq not in self._seqs(slot, None):
+        if live is None or record.seq not in self._seqs(slot):
             return None
         state = self._state(slot)
         if record.feedback_id not in state.feedback_ids:
             return None
         state, report = head.settle(state)
-        return Lesson(slot, state, live.gate, report, self._seqs(slot, None))
+        return Lesson(slot, state, live.gate, report, self._seqs(slot))
 
     def settled(self, slot: SlotKey) -> Lesson | None:
         """The pattern after the sweeps it still owes; None when it owes none."""
         live = self._routing.live(slot)
         if live is None:
             return None
-        state = self._state(slot)
-        if state.is_settled:
-            return None
-        state, report = head.settle(state)
-        return Lesson(slot, state, live.gate, report, self._seqs(slot, None))
+        state, report = head.settle(self._state(slot))  # folded again after a restart: settled
+        return Lesson(slot, state, live.gate, report, self._seqs(slot))
 
     def publish(self, lesson: Lesson) -> tuple[Version, float]:
         """Store, then serve. Returns the version and the seconds spent outside the store."""
         started = time.perf_counter()
         table, report = export(lesson.state, self._limits)
+        newest = self._newest(lesson.slot)
         draft = VersionDraft(
             kind="edit" if report.is_exact else "truncate",
-            parent=self._live_number(lesson.slot),
+            parent=0 if newest is None else newest.number,
             created=time.time(),
             base_hash=self._base_hash,
-            feedback_seqs=lesson.seqs,
+            feedback_seqs=tuple(sorted(lesson.seqs)),
             table=table,
             gate=lesson.gate,
-            report=_figures(lesson.report, report),
+            report={**_figures(lesson.report, report), "owes_sweeps": not lesson.state.is_settled},
         )
         solved_s = time.perf_counter() - started
         version = self._store.put(lesson.slot, draft)
@@ -107,10 +111,16 @@ class Patterns:
         self._keep(lesson.slot, lesson.state)
         return version, solved_s + time.perf_counter() - started
 
+    def owing(self) -> list[SlotKey]:
+        """Slots whose live version was published with sweeps still to be paid off."""
+        live = self._routing.all_live()
+        return [item.slot for item in live if item.info.report.get("owes_sweeps")]
+
     def rolled_back(self, slot: SlotKey, to_version: int) -> tuple[Version, tuple[int, ...]]:
         """Serve an earlier version's content as a new version; also the feedback undone by it."""
-        before = set(self._seqs(slot, None))
-        version = self._store.rollback(slot, to_version)
+        before = self._seqs(slot)
+        figures = {info.number: info.report for info in self._store.history(slot)}
+        version = self._store.rollback(slot, to_version, report=figures.get(to_version))
         self._routing.publish(version)
         self._states.pop(slot, None)
         return version, tuple(sorted(before - set(version.info.feedback_seqs)))
@@ -125,7 +135,7 @@ class Patterns:
 
     def _log(self, slot: SlotKey) -> Iterable[Batch]:
         """The batches of the feedback in force, oldest first."""
-        seqs = set(self._seqs(slot, None))
+        seqs = self._seqs(slot)
         if not seqs:
             return
         states = (FeedbackState.LEARNED, FeedbackState.ACCEPTED)
@@ -139,14 +149,18 @@ class Patterns:
         while len(self._states) > _MAX_STATES:
             self._states.popitem(last=False)
 
-    def _live_number(self, slot: SlotKey) -> int:
+    def _newest(self, slot: SlotKey) -> VersionInfo | None:
+        """The slot's newest version; only one that answers nothing has to be looked up."""
+        live = self._routing.live(slot)
+        if live is not None:
+            return live.info
         history = self._store.history(slot)
-        return history[-1].number if history else 0
+        return history[-1] if history else None
 
-    def _seqs(self, slot: SlotKey, extra: int | None) -> tuple[int, ...]:
-        history = self._store.history(slot)
-        seqs = set(history[-1].feedback_seqs) if history else set()
-        return tuple(sorted(seqs | ({extra} if extra is not None else set())))
+    def _seqs(self, slot: SlotKey) -> frozenset[int]:
+        """Feedback in force in the slot."""
+        newest = self._newest(slot)
+        return frozenset() if newest is None else frozenset(newest.feedback_seqs)
 
     def _gate(self, slot: SlotKey, record: FeedbackRecord) -> Gate:
         """The gate with this feedback's prompt, counted once per feedback."""
@@ -155,7 +169,7 @@ class Patterns:
         live = self._routing.live(slot)
         if live is None:
             return Gate.born(generic.unit(vector), generic)
-        if record.seq in self._seqs(slot, None):
+        if record.seq in self._seqs(slot):
             return live.gate
         return live.gate.with_prompt(generic.unit(vector), generic)
 

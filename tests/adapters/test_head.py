@@ -248,6 +248,22 @@ def test_corrections_with_a_common_target_become_a_convention(topic):
     assert (held_out == target).mean() >= 0.9
 
 
+def test_a_confirmed_convention_must_stay_as_likely_as_it_was(topic):
+    states, said, _ = topic.facts(4)
+    target = next(label for label in topic.labels if label not in said)
+    batches = topic.batches(states[:3], np.full(3, target))
+    state, _ = topic.learned(batches)
+    confirmed = topic.batch("ok", states[3:], [target], is_edit=False)
+    after, report = topic.learned([confirmed], state)
+    assert report.num_conventions == 3
+    reference = reference_of(topic, after, [*batches, confirmed])
+    count, num_rows = state.num_positions, state.base.num_rows
+    reference.values[:count, state.base.row_ids] = state.coefficients[:count, :num_rows]
+    served = reference.probability(3)  # by the convention: the base would not say it
+    assert 0.02 < served < 1.0
+    assert after.columns.need[3] == pytest.approx(logit(0.99 * served), abs=2e-2)
+
+
 def test_a_confirmation_turns_a_convention_back_into_relabels(topic):
     states, said, _ = topic.facts(8)
     target = next(label for label in topic.labels if label not in said)
@@ -298,6 +314,32 @@ def test_a_contradiction_replaces_the_position_not_the_whole_feedback(topic):
     assert report.num_edits == 3
     np.testing.assert_array_equal(state.columns.is_active, [True, False, True, True])
     assert report.num_failing == 0
+
+
+def test_a_replaced_correction_no_longer_speaks_for_a_convention(topic):
+    states, said, _ = topic.facts(3)
+    target, other = [label for label in topic.labels if label not in said][:2]
+    batches = topic.batches(states[:2], [target, target])
+    state, report = topic.learned(batches)
+    assert report.num_conventions == 2
+    state, report = topic.learned([topic.batch("new", states[:1], [other])], state)
+    assert report.conflicts_with == ("f0",)
+    assert report.num_conventions == 0
+    # What is left of the evidence is that of the second correction alone.
+    alone, _ = topic.learned(batches[1:])
+    assert state.columns.strength[0] == 0.0
+    assert state.columns.strength[1] == pytest.approx(alone.columns.strength[0], rel=1e-6)
+
+
+def test_a_feedback_does_not_contradict_itself(topic):
+    # Two positions of one answer that nothing tells apart, in its two batches.
+    states, _, _ = topic.facts(1)
+    one, two = topic.labels[3], topic.labels[4]
+    batches = [topic.batch("f", states, [one]), topic.batch("f", states, [two])]
+    _, report = topic.learned(batches)
+    assert report.conflicts_with == ()
+    assert report.num_edits == 2
+    assert report.failing == ("f",)  # both cannot hold, and the report says so
 
 
 def test_what_a_corrected_answer_left_standing_does_not_undo_an_edit(topic):

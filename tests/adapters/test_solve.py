@@ -64,8 +64,11 @@ def test_padding_may_hold_anything(junk):
     np.testing.assert_array_equal(dirty.log_odds, clean.log_odds)
 
 
-def test_everything_holds_after_the_sweeps():
+@pytest.mark.parametrize("num_conventions", [0, 4])
+def test_everything_holds_after_the_sweeps(num_conventions):
     given = problem(12, 30)
+    given.is_convention[:num_conventions] = True  # their kernel has no token part
+    given.target[:num_conventions] = 7
     solution = solve(given, zeros(), max_sweeps=50)
     probability = served_probability(given, solution.coefficients, 12, 30)
     assert (probability >= 0.99 - 1e-5).all()  # float32 logits
@@ -97,12 +100,36 @@ def test_only_first_positions_are_stepped_on_before_the_sweeps():
     assert np.flatnonzero(solution.coefficients.any(1)).tolist() == [3]
 
 
+def test_a_step_that_serves_a_twin_leaves_it_alone():
+    given = problem(2, 20)
+    for array in (given.gram[:2, :2], given.argmax[:2], given.target[:2]):
+        array[:] = array.flat[0]
+    given.logits[1], given.rest[1] = given.logits[0], given.rest[0]
+    given.need[1] += 0.5 * solver.AIM_MARGIN  # above it now, though not where a step would aim
+    first = np.zeros(32, np.bool_)
+    first[:2] = True
+    solution = solve(given._replace(is_first=first), zeros(), max_sweeps=0)
+    assert solution.num_steps == 1
+    assert not solution.coefficients[1].any()
+
+
 def test_what_holds_is_left_alone():
     given = problem(12, 30)
     once = solve(given, zeros(), max_sweeps=50)
     again = solve(given, once.coefficients, max_sweeps=50)
     np.testing.assert_array_equal(again.coefficients, once.coefficients)
     assert again.num_steps == 0
+
+
+def test_a_pair_that_can_hardly_be_told_apart_takes_few_sweeps():
+    # Keys of cosine 0.95 and two targets: 13 sweeps of plain steps.
+    given = problem(2, 20)
+    given.gram[:2, :2] = np.array([[1.0, 0.95], [0.95, 1.0]]) * given.gram[0, 0]
+    given.argmax[:2], given.target[:2] = (3, 4), (4, 5)
+    given.logits[1], given.rest[1] = given.logits[0], given.rest[0]
+    solution = solve(given, zeros(), max_sweeps=100)
+    assert (solution.log_odds[:2] >= NEED).all()
+    assert solution.num_sweeps <= 8
 
 
 def test_an_impossible_pair_stops_at_the_bound():
@@ -118,6 +145,10 @@ def test_an_impossible_pair_stops_at_the_bound():
     shift = np.abs(solution.coefficients[:2]) * (gram[0, 0] + given.weights[0])
     assert shift.max() <= 60.0 * (1 + 1e-5)
     assert (solution.log_odds[:2] < NEED).any()
+    probability = served_probability(given, solution.coefficients, 2, 20)
+    np.testing.assert_allclose(
+        logit(probability.clip(1e-300, 1 - 1e-12)), solution.log_odds[:2], rtol=1e-3, atol=1e-2
+    )
 
 
 def test_no_feedback_compiles_anything_after_the_warm_up():

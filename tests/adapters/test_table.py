@@ -1,9 +1,12 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from reference.head_edits import World, log_softmax
-from support.patterns import Topic
+from support.patterns import Topic, bf16
 
 from adapters.errors import AdapterError
+from adapters.head_config import HeadConfig
 from adapters.served import apply_table
 from adapters.state import HeadState
 from adapters.table import TableLimits, export
@@ -41,14 +44,18 @@ def fresh(topic, state, count=20):
     return hidden, argmax
 
 
-def mixed(topic, *, conventions=3, relabels=5):
-    """A convention on one half of the gate's base answers, relabels of other tokens elsewhere."""
-    states, said, targets = topic.facts(conventions + relabels)
-    target = next(label for label in topic.labels if label not in said and label not in targets)
-    relabelled = topic.states(-4 * topic.world.draw(relabels), np.full(relabels, topic.labels[0]))
-    batches = topic.batches(states[:conventions], np.full(conventions, target))
-    batches += topic.batches(relabelled, np.roll(topic.labels, 2)[:relabels], prefix="r")
-    return topic.learned(batches)[0]
+def mixed(topic):
+    """A convention in the gate, relabels far from it that do not contradict it."""
+    states, said, _ = topic.facts(4)
+    target = next(label for label in topic.labels if label not in said)
+    elsewhere = bf16(topic.world.generic(5))
+    others = [label for label in topic.labels if label != target][:5]
+    batches = topic.batches(states, np.full(4, target))
+    batches += topic.batches(elsewhere, others, prefix="r")
+    weak = HeadConfig(const_weight=0.05)  # a strong one would reach the other states
+    state, _ = topic.learned(batches, HeadState.empty(topic.metric, weak))
+    assert 0 < state.columns.is_convention.sum() < state.num_positions
+    return state
 
 
 def test_factors_say_what_the_edits_say(topic):
@@ -96,6 +103,23 @@ def test_few_rows_hold_any_number_of_edits(topic):
     )
 
 
+def test_forms_do_not_share_their_features(topic):
+    # The same base token under both forms: only the relabels answer to it.
+    answers = np.full(42, topic.labels[0])
+    states = topic.states(topic.world.draw(42), answers)
+    state, _ = topic.learned(topic.batches(states, topic.labels[3:5][np.arange(42) % 2]))
+    columns = replace(state.columns, is_convention=np.arange(42) % 5 == 0)
+    state = replace(state, columns=columns)
+    num_rows = int(state.coefficients.any(0).sum())
+    table, report = export(state, TableLimits(rank=num_rows))
+    assert report.form == "by row"
+    hidden, argmax = fresh(topic, state)
+    want = shifts_by_the_kernel(state, topic, hidden, argmax)
+    np.testing.assert_allclose(
+        table_shifts(table, hidden, argmax, topic.world.vocab), want, atol=1e-4 * np.abs(want).max()
+    )
+
+
 @pytest.fixture
 def crowded(topic):
     """Twenty different facts and eight confirmed neighbours."""
@@ -132,6 +156,22 @@ def test_truncation_is_the_best_of_its_rank(topic, crowded, rank):
     assert error == pytest.approx((singular[rank:] ** 2).sum(), rel=1e-2)
 
 
+def test_a_truncated_convention_keeps_its_in_gate_part(topic):
+    state = mixed(topic)
+    assert state.columns.is_convention.any()
+    hidden, argmax = fresh(topic, state)
+    whole, _ = export(state)
+    number = len(whole.keys)
+    table, report = export(state, TableLimits(rank=number - 1))
+    assert report.form == "truncated"
+    want = shifts_by_the_kernel(state, topic, hidden, argmax)
+    got = table_shifts(table, hidden, argmax, topic.world.vocab)
+    # One direction of eight is gone: near the whole, not equal to it.
+    assert 0 < np.linalg.norm(got - want) < 0.4 * np.linalg.norm(want)
+    kept = probabilities_under(table, topic, state.log)
+    assert report.num_kept_after == int((kept > 0.5).sum())
+
+
 @pytest.mark.parametrize("rank", [2, 12])
 def test_the_report_of_a_truncation_is_a_replay(topic, crowded, rank):
     state, batches = crowded
@@ -153,7 +193,11 @@ def test_more_rows_than_the_slot_keeps_the_strongest(topic, crowded):
     table, report = export(state, TableLimits(max_rows=14))
     assert report.num_dropped_rows == len(whole.row_ids) - 14
     assert len(table.row_ids) == 14
-    assert set(table.row_ids) < set(whole.row_ids)
+    hidden = np.concatenate([batch.capture.hidden for batch in batches]).astype(np.float64)
+    argmax = (hidden @ topic.world.head.T).argmax(1)
+    energy = (shifts_by_the_kernel(state, topic, hidden, argmax) ** 2).sum(0)
+    strongest = np.argsort(-energy)[:14]
+    assert set(table.row_ids) == set(strongest) < set(whole.row_ids)
     assert not report.is_exact
     served = probabilities_under(table, topic, batches)
     assert report.num_kept_after == int((served[:20] > 0.5).sum())

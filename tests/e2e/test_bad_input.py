@@ -1,6 +1,8 @@
 """Everything a caller can get wrong: a specific status, a message that helps, and life goes on."""
 
-import grpc
+from typing import Any
+
+import grpc.aio
 import numpy as np
 import pytest
 import pytest_asyncio
@@ -107,7 +109,7 @@ async def test_a_used_request_id_is_refused(ann):
 
 async def test_wrong_and_missing_keys_are_refused(server, ann):
     channel = grpc.aio.insecure_channel(server.grpc)
-    stub = inference_pb2_grpc.InferenceServiceStub(channel)
+    stub: Any = inference_pb2_grpc.InferenceServiceStub(channel)
     request = inference_pb2.GenerateRequest(text="a")
     stream = inference_pb2.GenerateStreamRequest(request=request)
     for metadata in ((), (("authorization", "Bearer wrong"),)):

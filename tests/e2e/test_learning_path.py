@@ -1,8 +1,9 @@
 """The whole path over gRPC with the shipped model: answer, correct, adapted, kept, rolled back."""
 
 import asyncio
+from typing import Any
 
-import grpc
+import grpc.aio
 import numpy as np
 import pytest
 import pytest_asyncio
@@ -152,7 +153,7 @@ async def test_unbuilt_methods_and_fields_name_themselves(server, ann):
     from sona.v1 import learning_pb2, learning_pb2_grpc
 
     channel = grpc.aio.insecure_channel(server.grpc)
-    stub = learning_pb2_grpc.LearningServiceStub(channel)
+    stub: Any = learning_pb2_grpc.LearningServiceStub(channel)
     metadata = (("authorization", "Bearer key-of-ann"),)
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await stub.StartDeepRun(learning_pb2.StartDeepRunRequest(), metadata=metadata)
@@ -160,7 +161,7 @@ async def test_unbuilt_methods_and_fields_name_themselves(server, ann):
     assert "StartDeepRun" in str(refused.value.details())
     from sona.v1 import inference_pb2_grpc
 
-    inference = inference_pb2_grpc.InferenceServiceStub(channel)
+    inference: Any = inference_pb2_grpc.InferenceServiceStub(channel)
     request = inference_pb2.GenerateRequest(text="a", session_id="s")
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await inference.Generate(request, metadata=metadata)
@@ -178,8 +179,8 @@ async def test_adapters_are_listed_with_their_history(ann):
     assert listed[name].scope == common_pb2.SCOPE_PRINCIPAL
     assert listed[name].owner == "ann"
     history = await ann.adapter(name)
-    assert history.versions[0].version == learned.adapter_version.version
-    assert sent.feedback_id in history.versions[0].feedback_ids
+    assert history.revisions[0].version == learned.adapter_version.version
+    assert sent.feedback_id in history.revisions[0].feedback_ids
     await ann.rollback(name, to_version=0)
 
 

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import types
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -18,6 +19,7 @@ from sona.cli import main
 from sona.cli.serve import Progress, ready_lines
 from sona.config import DataConfig, ServerConfig, SonaConfig
 from sona.journal import Correction
+from sona.requests import ChatMessage, ChatPrompt, TextPrompt
 
 
 @pytest.fixture
@@ -63,7 +65,8 @@ def test_every_command_is_there_and_helps():
         "serve", "demo", "generate", "feedback", "doctor", "bench", "models", "config",
         "learning", "adapters",
     }  # fmt: skip
-    assert {name: set(main.commands[name].commands) for name in ("learning", "adapters")} == {
+    groups: Any = main.commands
+    assert {name: set(groups[name].commands) for name in ("learning", "adapters")} == {
         "learning": {"status", "pause", "resume"},
         "adapters": {"list", "show", "rollback"},
     }
@@ -104,6 +107,14 @@ async def test_generate_sends_what_was_asked(run, served):
     assert (call.sampling.stop, call.adapter) == (("x", "y"), "none")
 
 
+async def test_generate_sends_a_users_message_or_raw_text(run, served):
+    await run("generate", "b", "--max-tokens", "1")
+    await run("generate", "b", "--max-tokens", "1", "--raw")
+    first, second = (call.prompt for call, _ in served.inference.calls)
+    assert first == ChatPrompt((ChatMessage("user", "b"),))
+    assert second == TextPrompt("b")
+
+
 async def test_a_refusal_is_one_line_and_status_1(run):
     result = await run("generate", "bc", "--top-p", "0", status=1)
     assert "INVALID_ARGUMENT: sampling.top_p is 0.0" in result.stderr
@@ -112,8 +123,7 @@ async def test_a_refusal_is_one_line_and_status_1(run):
 
 def test_nobody_listening_says_how_to_start():
     result = local("learning", "status", "--address", "127.0.0.1:1", status=1)
-    assert "UNAVAILABLE" in result.stderr
-    assert "Is a server running at 127.0.0.1:1? Start one with: sona serve" in result.stderr
+    assert "no server answers at 127.0.0.1:1; start one with: sona serve" in result.stderr
 
 
 async def test_feedback_tells_what_became_of_it(run, served):
@@ -252,7 +262,7 @@ def test_serve_tells_an_error_of_start_up_in_one_line(app):
 
 
 def test_ready_lines_name_the_bound_address_and_the_key():
-    addresses = types.SimpleNamespace(model="toy", grpc="0.0.0.0:7", http="http://0.0.0.0:8")
+    addresses: Any = types.SimpleNamespace(model="toy", grpc="0.0.0.0:7", http="http://0.0.0.0:8")
     key = KeyConfig(tenant="t", principal="p", sha256="a" * 64)
     config = SonaConfig(
         server=ServerConfig(host="0.0.0.0", grpc_port=7, port=8),

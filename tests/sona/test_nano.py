@@ -95,17 +95,19 @@ def test_generic_prompts_hold_no_kind_often() -> None:
 
 def test_batches_weigh_answers_and_pad_with_nothing(tokenizer: Tokenizer) -> None:
     batches = Mixture(tokenizer.raw, (3,), prompt_weight=0.25).batches(512)
+    num_slipped = 0
     for batch in (next(batches) for _ in range(8)):
         assert batch.tokens.shape[1] in LENGTHS
         for tokens, weights, prompt_len in zip(
             batch.tokens, batch.weights, batch.prompt_lens, strict=True
         ):
-            targets = tokens[1:]
-            ends = np.flatnonzero(tokens == END_ID)
-            answer = slice(prompt_len - 1, ends[-1])  # columns that predict the answer and its end
-            assert (weights[answer] == 1.0).all()
+            end = np.flatnonzero(tokens == END_ID)[-1]
+            answer = weights[prompt_len - 1 : end]  # columns that predict the answer and its end
+            assert set(answer) <= {0.0, 1.0} and answer[-1] == 1.0
+            num_slipped += 0.0 in answer
             assert (weights[: prompt_len - 1] == 0.25).all()
-            assert (weights[ends[-1] :] == 0.0).all() and (targets[ends[-1] :] == PAD_ID).all()
+            assert (weights[end:] == 0.0).all() and (tokens[end + 1 :] == PAD_ID).all()
+    assert num_slipped > 0
 
 
 def test_mixture_draws_no_held_item(tokenizer: Tokenizer) -> None:
@@ -131,6 +133,8 @@ def test_training_saves_resumes_and_reports(tmp_path: Path) -> None:
     lines: list[str] = []
     figures = train_nano(tmp_path, plan=plan, say=lines.append)
     assert set(figures) == {f.name for f in TRAINED} and lines[-1].startswith("final F1 ")
+    card = (tmp_path / "README.md").read_text("utf-8")
+    assert "2 steps" in card and all(f"| {name} | " in card for name in figures)
     first = (tmp_path / "model.safetensors").read_bytes()
     longer = dataclasses.replace(plan, max_steps=4)
     train_nano(tmp_path, plan=longer, resume=True, say=lines.append)

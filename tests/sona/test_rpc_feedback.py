@@ -1,8 +1,10 @@
 """FeedbackService over the toy domain: signals, refusals, outcomes, and the stream of many."""
 
 import dataclasses
+from typing import Any
 
 import grpc
+import grpc.aio
 import pytest
 from support.serving import serving
 from support.toy_domain import ToyDomain
@@ -25,7 +27,7 @@ def feedback(**fields) -> pb.SubmitFeedbackRequest:
     return pb.SubmitFeedbackRequest(**{"feedback_id": "f1", "request_id": "r1", **fields})
 
 
-async def refusal(call) -> grpc.aio.AioRpcError:
+async def refusal(call) -> Any:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call
     return caught.value

@@ -1,8 +1,10 @@
 """InferenceService over the toy engine: parsing, refusals, streams and what they leave behind."""
 
 import asyncio
+from typing import Any
 
 import grpc
+import grpc.aio
 import pytest
 from support.serving import serving
 from support.toy_domain import LIMITS, ToyDomain, ToyInference
@@ -26,7 +28,7 @@ async def served():
         yield toy
 
 
-async def refusal(call) -> grpc.aio.AioRpcError:
+async def refusal(call) -> Any:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call
     return caught.value
@@ -209,8 +211,9 @@ async def test_job_is_gone_as_soon_as_the_stream_is_closed():
     engine = ToyEngine()
     auth.set_principal(LOCAL)
     request = pb.GenerateRequest(text="a", sampling=pb.SamplingParams(max_tokens=9))
+    context: Any = None  # an undisturbed stream needs none
     stream = InferenceService(ToyInference(engine), LIMITS).GenerateStream(
-        pb.GenerateStreamRequest(request=request), None
+        pb.GenerateStreamRequest(request=request), context
     )
     assert (await anext(stream)).WhichOneof("event") == "started"
     await anext(stream)

@@ -1,8 +1,10 @@
 """LearningService and ControlService over the toy domain: pages, roles, events, aborts."""
 
 import asyncio
+from typing import Any
 
 import grpc
+import grpc.aio
 import pytest
 from support.serving import bearer, serving
 from support.toy_domain import ToyDomain
@@ -159,7 +161,8 @@ async def test_events_are_watched_until_the_caller_has_enough(served):
 
 
 async def test_an_unknown_kind_of_event_is_refused(served):
-    call = served.stub.WatchEvents(pb.WatchEventsRequest(kinds=[99]), metadata=USER)
+    kinds: Any = [99]
+    call = served.stub.WatchEvents(pb.WatchEventsRequest(kinds=kinds), metadata=USER)
     assert await code_of(call.read()) is grpc.StatusCode.INVALID_ARGUMENT
 
 

@@ -1,6 +1,9 @@
 """The gRPC server itself: keys, arity of denials, health, reflection, ports, counting."""
 
+from typing import Any
+
 import grpc
+import grpc.aio
 import pytest
 from google.protobuf import descriptor_pool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -42,7 +45,7 @@ def caller(channel, method):
     return call, request
 
 
-async def end_of(channel, method, metadata=()) -> grpc.aio.AioRpcError | None:
+async def end_of(channel, method, metadata=()) -> Any:
     """How a call with an empty request ends."""
     make, request = caller(channel, method)
     call = make(request, metadata=metadata)
@@ -136,7 +139,7 @@ async def test_reflection_lists_our_services_without_a_key():
 async def test_an_unknown_method_is_unimplemented_not_denied():
     async with serving(ToyDomain(), with_keys=True) as served:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await served.channel.unary_unary("/sona.v1.InferenceService/Nothing")(b"")
+            await served.channel.unary_unary("/sona.v1.InferenceService/Nothing", bytes, bytes)(b"")
     assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 

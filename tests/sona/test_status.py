@@ -1,6 +1,7 @@
 """Exceptions to gRPC statuses: code, message, details, and what is logged."""
 
 import logging
+from typing import Any
 
 import grpc
 import pytest
@@ -22,7 +23,7 @@ class FakeContext:
         self.code, self.text, self.trailer = code, details, trailing_metadata
         raise Aborted
 
-    def detail(self, kind):
+    def detail(self, kind) -> Any:
         """The detail of a kind, or None."""
         packed = status_pb2.Status.FromString(dict(self.trailer)["grpc-status-details-bin"])
         assert (packed.code, packed.message) == (self.code.value[0], self.text)

@@ -19,6 +19,7 @@ from sona.bench.tasks import (
     is_held,
     verify,
 )
+from sona.bench.tasks.notes import slip_of
 from sona.bench.tasks.world import LABELS, TAUGHT_WORDS, TEAMS
 
 CONVENTIONS = (
@@ -217,6 +218,19 @@ def test_no_taught_convention_occurs_in_training_text() -> None:
         assert not (asks_load and '"level"' in shown), item
         if item.system is not None:
             assert not any(w in re.findall(r"\w+", item.system) for w in TAUGHT_WORDS[:14]), item
+
+
+def test_slips_never_show_what_is_taught() -> None:
+    """Slipped answers are training text too."""
+    rng = np.random.default_rng(9)
+    drawn = [family.base_item(rng, "train") for family in BASE_FAMILIES for _ in range(600)]
+    slips = [(item, slip_of(item, rng)) for item in drawn]
+    shown = [(item, text) for item, text in slips if text is not None]
+    assert len(shown) > 500
+    for item, text in shown:
+        assert text != item.answer
+        assert not set(re.findall(r"\w+", text)) & set(TAUGHT_WORDS), text
+        assert not re.search(r"\d/\d|\d\dh\d\d|;$", text), text
 
 
 def test_notes_never_state_a_fact_that_is_taught() -> None:

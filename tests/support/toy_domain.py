@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from typing import Any
 
 from support.toy_engine import VOCAB_SIZE, ToyEngine, text_of
 from support.toy_learning import ToyLearning
@@ -177,6 +178,10 @@ class ToyControl:
 
 class ToyDomain:
     """All four ports, kept at hand for assertions."""
+
+    stub: Any  # of the service under test, set by its fixture
+    control_stub: Any
+    address: str  # of the server, set by its fixture
 
     def __init__(self, engine: ToyEngine | None = None) -> None:
         self.engine = engine or ToyEngine()

@@ -4,9 +4,12 @@ The schedule follows the clock, so a run on a slower machine ends in time with f
 """
 
 import functools
+import os
+import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import jax
@@ -19,6 +22,7 @@ from tokenizers import Tokenizer
 from engine.model import ModelConfig, load_checkpoint, save_checkpoint
 from sona.bench.tasks import TWO_VOICED
 from sona.models.nano import tokenizer as tokens_of_nano
+from sona.models.nano.card import Making, write_card
 from sona.models.nano.data import SHARES, BackgroundBatches, Mixture, corpus
 from sona.models.nano.evaluate import Predict, held_out_accuracy
 from sona.models.nano.model import CONFIG, TrainState, losses, new_state, to_device, train_step
@@ -63,7 +67,9 @@ def train_nano(
     if is_resumed:
         run.restore()
     run.loop()
+    making = run.making()
     figures = held_out_figures(out_dir, num_items=plan.num_final_items)
+    write_card(out_dir, making, figures, num_items=plan.num_final_items)
     say("final " + shown(figures))
     return figures
 
@@ -119,6 +125,17 @@ class _Run:
                     self._save()
                     evaluated_s = self._elapsed_s
         self._save()
+
+    def making(self) -> Making:
+        """What the checkpoint's README says of this run."""
+        return Making(
+            command="sona models train-nano",
+            date=datetime.now(UTC).date().isoformat(),
+            seed=self._plan.seed,
+            num_steps=self._num_steps,
+            minutes=self._elapsed_s / 60,
+            machine=f"{os.cpu_count()} {platform.machine()} cores",
+        )
 
     def _progress(self) -> float:
         by_steps = self._num_steps / (self._plan.max_steps or np.inf)
