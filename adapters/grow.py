@@ -7,7 +7,7 @@ import numpy as np
 from adapters.base_rows import BaseRows, HeadRows, log_odds
 from adapters.batch import Batch
 from adapters.errors import CandidateRejected
-from adapters.solve import MAX_POSITIONS, MAX_ROWS, POSITION_BUCKETS, ROW_BUCKETS, bucket_of
+from adapters.solve import MAX_POSITIONS, MAX_ROWS, bucket_of
 from adapters.state import Columns, HeadState, logit
 
 # A confirmed token keeps its fraction within these: a rare one is not protected to the last
@@ -43,10 +43,7 @@ def admit(state: HeadState, batch: Batch) -> tuple[Batch, np.ndarray]:
 def grow(state: HeadState, batch: Batch, row_ids: np.ndarray, head_rows: HeadRows) -> HeadState:
     """Append positions and rows. The new positions are solved for by nobody yet."""
     old, count = state.num_positions, state.num_positions + len(batch.targets)
-    shape = (
-        bucket_of(count, POSITION_BUCKETS),
-        bucket_of(state.base.num_rows + len(row_ids), ROW_BUCKETS),
-    )
+    shape = bucket_of(count, state.base.num_rows + len(row_ids))
     base = state.base.extended(row_ids, batch.capture, head_rows, shape)
     keys = state.keys.append(state.metric.apply(base.hidden.rows[old:]))
     cross = base.hidden.rows[old:] @ keys.rows.T

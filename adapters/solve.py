@@ -1,7 +1,7 @@
 """The compiled solver: one step per edit, then replay sweeps until every position holds.
 
-Letters: N positions, J rows, both padded to a bucket. One program per pair of buckets; what is
-really there travels as masks and counts, so no feedback ever compiles anything.
+Letters: N positions, J rows, both padded to a bucket. One program per bucket; what is really
+there travels as masks and counts, so no feedback ever compiles anything.
 
 A position j with target y holds while its log-odds o_j = z'_y - logsumexp(all other z') reach
 need_j. A step on a position that does not adds tau * v_j to its logits, by way of its key:
@@ -30,10 +30,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-POSITION_BUCKETS = (32, 128, 512, 2048)
-ROW_BUCKETS = (64, 256, 1024)
-MAX_POSITIONS = POSITION_BUCKETS[-1]
-MAX_ROWS = ROW_BUCKETS[-1]
+# Padded [N, J]; each holds the one before it, so that a growing pattern moves to the right only.
+BUCKETS = ((32, 64), (32, 256), (128, 256), (128, 1024), (512, 1024), (2048, 1024))
+MAX_POSITIONS, MAX_ROWS = BUCKETS[-1]
 
 # Log-odds aimed at beyond the need, so that a sweep ends strictly inside instead of creeping up
 # to the bound; 0.2 nat is p' = 0.992 for p* = 0.99.
@@ -236,19 +235,17 @@ def solve(problem: Problem, warm: np.ndarray, *, max_sweeps: int) -> Solution:
         return Solution(np.asarray(coefficients), np.asarray(log_odds), int(sweeps), int(steps))
 
 
-def bucket_of(count: int, buckets: Sequence[int]) -> int:
-    """The smallest bucket that holds `count`. The caller has checked that one does."""
-    return next(size for size in buckets if count <= size)
+def bucket_of(num_positions: int, num_rows: int) -> tuple[int, int]:
+    """The smallest bucket that holds both. The caller has checked that one does."""
+    return next(
+        bucket for bucket in BUCKETS if num_positions <= bucket[0] and num_rows <= bucket[1]
+    )
 
 
-def compile_buckets(
-    positions: Sequence[int] = POSITION_BUCKETS, rows: Sequence[int] = ROW_BUCKETS
-) -> int:
-    """Compile the program for all pairs of buckets, at start-up. Returns how many there are."""
-    for num_positions in positions:
-        for num_rows in rows:
-            solve(_blank(num_positions, num_rows), np.zeros((num_positions, num_rows), np.float32),
-                  max_sweeps=0)  # fmt: skip
+def compile_buckets(buckets: Sequence[tuple[int, int]] = BUCKETS) -> int:
+    """Compile the program for each bucket, at start-up. Returns how many programs there are."""
+    for bucket in buckets:
+        solve(_blank(bucket), np.zeros(bucket, np.float32), max_sweeps=0)
     return num_compiled()
 
 
@@ -257,12 +254,13 @@ def num_compiled() -> int:
     return _solve._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _blank(num_positions: int, num_rows: int) -> Problem:
+def _blank(bucket: tuple[int, int]) -> Problem:
+    num_positions = bucket[0]
     per_position = np.zeros(num_positions, np.float32)
     ids, flags = np.zeros(num_positions, np.int32), np.zeros(num_positions, np.bool_)
     return Problem(
         gram=np.zeros((num_positions, num_positions), np.float32),
-        logits=np.zeros((num_positions, num_rows), np.float32),
+        logits=np.zeros(bucket, np.float32),
         rest=per_position, need=per_position, argmax=ids, target=ids,
         is_convention=flags, is_active=flags, is_first=flags,
         num_rows=np.zeros((), np.int32), weights=np.ones(4, np.float32),

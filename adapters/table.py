@@ -79,6 +79,8 @@ class _Factors:
 
     def of(self, columns: np.ndarray) -> np.ndarray:
         """What each rank has of per-position features [N, X]: [R, X]."""
+        if len(self.mixed) == 0:
+            return columns[self.singles]
         return np.concatenate([self.mix.T @ columns[self.mixed], columns[self.singles]])
 
 
@@ -102,11 +104,9 @@ def export(state: HeadState, limits: TableLimits | None = None) -> tuple[HeadTab
 
 def _factors(state: HeadState, coefficients: np.ndarray, rows: np.ndarray, rank: int) -> _Factors:
     """The first of the three factorisations that fits. `rows` numbers the coefficients' columns."""
-    is_used = coefficients.any(1)
-    is_convention = state.columns.is_convention
-    merged = np.flatnonzero(is_used & is_convention)
-    singles = np.flatnonzero(is_used & ~is_convention)
-    used = np.flatnonzero(is_used)
+    used = np.flatnonzero(coefficients.any(1))
+    is_convention = state.columns.is_convention[used]
+    merged, singles = used[is_convention], used[~is_convention]
     targets, group = np.unique(state.columns.row[merged], return_inverse=True)
     if len(targets) + len(singles) <= rank:
         mix = np.zeros((len(merged), len(targets)), np.float32)

@@ -8,38 +8,23 @@ import asyncio
 import contextlib
 import logging
 import signal
-import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from importlib import metadata
 from typing import Any, cast
 
-import jax
-import psutil
-
 from adapters.store import AdapterStore, LoadFailure
-from adapters.table import TableLimits
 from engine.client import EngineClient
 from sona.auth import Authenticator
-from sona.captures import CaptureRing
-from sona.checks import Limits
 from sona.config import SonaConfig
-from sona.control import ControlService
 from sona.datadir import DataDir
-from sona.events import EventBus
-from sona.feedback import FeedbackService, target_ids
 from sona.generic import load_or_embed
 from sona.http.app import build_app
 from sona.http.server import HttpServer
-from sona.inference import InferenceService
-from sona.journal import FeedbackRecord, Journal
+from sona.journal import Journal
 from sona.late import Late
-from sona.learning import LearningService
-from sona.loops.instant import InstantLoop
-from sona.loops.patterns import Patterns
 from sona.metrics import Metrics
-from sona.model import Progress, Warm, warm_up
-from sona.ports import ServerInfo
+from sona.model import Progress, warm_up
+from sona.parts import Parts, compose
 from sona.routing import Routing
 from sona.rpc.server import Domain, RpcServer, build_server
 
@@ -126,19 +111,6 @@ async def running(config: SonaConfig, *, progress: Progress) -> AsyncIterator[Ad
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Parts:
-    """Everything behind the borders, once it is warm."""
-
-    warm: Warm
-    metrics: Metrics
-    inference: InferenceService
-    feedback: FeedbackService
-    learning: LearningService
-    control: ControlService
-    limits: Limits
-
-
 class _LateDomain:
     """The borders' collaborators, bound before they are ready."""
 
@@ -151,7 +123,7 @@ class _LateDomain:
         """What the gRPC services hold."""
         return Domain(**cast(dict[str, Any], self._late))
 
-    def become(self, parts: _Parts) -> None:
+    def become(self, parts: Parts) -> None:
         """Answer from now on."""
         for name, late in self._late.items():
             late.become(getattr(parts, name))
@@ -190,7 +162,7 @@ async def _start_parts(
     data: DataDir,
     stage: _Stage,
     progress: Progress,
-) -> _Parts:
+) -> Parts:
     """Everything slow, with the ports already bound."""
     retention_s = config.data.retention_s
     journal = stack.enter_context(
@@ -218,7 +190,7 @@ async def _start_parts(
     )
     routing = Routing(generic)
     _publish_live(store, routing, warm.info.base_hash)
-    parts = _compose(config, warm, engine, journal, store, routing)
+    parts = compose(config, warm, engine, journal, store, routing)
     if config.learning.enabled:
         parts.learning.loop.start()
         stack.callback(parts.learning.loop.stop)
@@ -237,97 +209,6 @@ def _publish_live(store: AdapterStore, routing: Routing, base_hash: str) -> None
             )
         else:
             routing.publish(version)
-
-
-def _compose(
-    config: SonaConfig,
-    warm: Warm,
-    engine: EngineClient,
-    journal: Journal,
-    store: AdapterStore,
-    routing: Routing,
-) -> _Parts:
-    info, plan, events = warm.info, warm.plan, EventBus()
-    metrics = Metrics(
-        version=metadata.version("sona"),
-        model=info.name,
-        dtype=info.dtype,
-        base_hash=info.base_hash,
-    )
-    metrics.watch_engine(engine.stats)
-    metrics.watch_journal(journal.counts)
-    metrics.watch_adapters(lambda: len(store.slots()))
-    captures = CaptureRing(config.learning.capture_memory_bytes, config.data.retention_s)
-    limits = Limits(
-        model_names=(info.name,),
-        max_model_len=plan.max_len,
-        vocab_size=info.vocab_size,
-        max_correction_bytes=config.learning.max_correction_bytes,
-    )
-    table_limits = TableLimits(
-        rank=plan.head_rank, max_rows=plan.head_rows, max_tokens=plan.head_tokens
-    )
-    patterns = Patterns(store, journal, routing, warm.head_rows, table_limits, info.base_hash)
-
-    def targets(record: FeedbackRecord) -> tuple[int, ...]:
-        return target_ids(warm.tokenizer, record)
-
-    loop = InstantLoop(journal, patterns, engine, events, targets, metrics)
-    running: dict[str, str] = {}
-    inference = InferenceService(
-        generator=engine,
-        tokenizer=warm.tokenizer,
-        routing=routing,
-        store=store,
-        journal=journal,
-        captures=captures,
-        model=info,
-        limits=limits,
-        keeps_captures=config.learning.enabled,
-        running=running,
-        observe=metrics.generation_ended,
-    )
-    feedback = FeedbackService(
-        journal=journal,
-        captures=captures,
-        tokenizer=warm.tokenizer,
-        routing=routing,
-        events=events,
-        loop=loop if config.learning.enabled else None,
-        metrics=metrics,
-    )
-    learning = LearningService(
-        store=store,
-        journal=journal,
-        patterns=patterns,
-        events_bus=events,
-        loop=loop,
-        is_enabled=config.learning.enabled,
-    )
-    control = ControlService(info=_server_info(config, warm), generator=engine, running=running)
-    return _Parts(
-        warm=warm,
-        metrics=metrics,
-        inference=inference,
-        feedback=feedback,
-        learning=learning,
-        control=control,
-        limits=limits,
-    )
-
-
-def _server_info(config: SonaConfig, warm: Warm) -> ServerInfo:
-    return ServerInfo(
-        version=metadata.version("sona"),
-        model=warm.info,
-        plan=warm.plan,
-        platform=jax.default_backend(),
-        devices=tuple(str(device) for device in jax.devices()),
-        num_cpus=len(psutil.Process().cpu_affinity()),
-        memory_bytes=psutil.virtual_memory().total,
-        started=time.time(),
-        is_learning_enabled=config.learning.enabled,
-    )
 
 
 async def _purge(journal: Journal) -> None:

@@ -75,7 +75,7 @@ def warm_up(
 
 def use_compile_cache() -> None:
     """Keep compiled programs between starts, in a directory only this user can write."""
-    if jax.config.jax_compilation_cache_dir:
+    if jax.config.values["jax_compilation_cache_dir"]:
         return
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     path = home / "sona" / "xla"

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 from reference.head_edits import log_softmax, logit
@@ -102,8 +104,8 @@ def test_only_first_positions_are_stepped_on_before_the_sweeps():
 
 def test_a_step_that_serves_a_twin_leaves_it_alone():
     given = problem(2, 20)
-    for array in (given.gram[:2, :2], given.argmax[:2], given.target[:2]):
-        array[:] = array.flat[0]
+    given.gram[:2, :2] = given.gram[0, 0]
+    given.argmax[1], given.target[1] = given.argmax[0], given.target[0]
     given.logits[1], given.rest[1] = given.logits[0], given.rest[0]
     given.need[1] += 0.5 * solver.AIM_MARGIN  # above it now, though not where a step would aim
     first = np.zeros(32, np.bool_)
@@ -152,7 +154,7 @@ def test_an_impossible_pair_stops_at_the_bound():
 
 
 def test_no_feedback_compiles_anything_after_the_warm_up():
-    compile_buckets((32, 128), (64, 256))
+    compile_buckets(((32, 64), (128, 256)))
     before = num_compiled()
     for count, num_rows, shape in [(1, 3, (32, 64)), (32, 64, (32, 64)), (33, 65, (128, 256))]:
         for sweeps in (0, 7, 50):
@@ -161,4 +163,15 @@ def test_no_feedback_compiles_anything_after_the_warm_up():
 
 
 def test_bucket_of_is_the_smallest_that_fits():
-    assert [bucket_of(n, (32, 128)) for n in (0, 1, 32, 33, 128)] == [32, 32, 32, 128, 128]
+    assert bucket_of(0, 0) == (32, 64)
+    assert bucket_of(32, 64) == (32, 64)
+    assert bucket_of(32, 65) == (32, 256)
+    assert bucket_of(33, 1) == (128, 256)
+    assert bucket_of(1, 257) == (128, 1024)
+    assert bucket_of(2048, 1024) == (2048, 1024)
+
+
+def test_each_bucket_holds_the_one_before_it():
+    for smaller, larger in itertools.pairwise(solver.BUCKETS):
+        assert smaller[0] <= larger[0]
+        assert smaller[1] <= larger[1]

@@ -120,4 +120,4 @@ async def test_wrong_and_missing_keys_are_refused(server, ann):
             async for _ in stub.GenerateStream(stream, metadata=metadata):
                 pass
         assert refused.value.code() is CODE.UNAUTHENTICATED
-    await channel.close()
+    await channel.close(None)

@@ -167,7 +167,7 @@ async def test_unbuilt_methods_and_fields_name_themselves(server, ann):
         await inference.Generate(request, metadata=metadata)
     assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
     assert "session_id" in str(refused.value.details())
-    await channel.close()
+    await channel.close(None)
 
 
 async def test_adapters_are_listed_with_their_history(ann):
