@@ -188,10 +188,7 @@ class BaseRows:
         logits[:old, :num_old_rows] = self.logits[:old, :num_old_rows]
         logits[:old, num_old_rows : len(ids)] = right.logits
         logits[old : old + len(hidden), : len(ids)] = lower.logits
-        covered = self.covered | right.captured
-        uncovered = self.uncovered.copy()
-        changed = right.captured.any(1)
-        uncovered[changed] = _log_uncovered(self.top_logprobs.rows[changed], covered[changed])
+        covered, uncovered = self._covered_by(right)
         fresh = _log_uncovered(capture.top_logprobs, lower.captured)
         return BaseRows(
             hidden=self.hidden.append(hidden),
@@ -213,3 +210,10 @@ class BaseRows:
         """The known positions on further rows."""
         logits = self.hidden.rows @ weights.T - self.log_norm[:, None]
         return _block(logits, self.top_ids.rows, self.top_logprobs.rows, self.rest_logprob, row_ids)
+
+    def _covered_by(self, right: _Block) -> tuple[Bool[np.ndarray, "N Q"], Float[np.ndarray, " N"]]:
+        """`covered` and `uncovered` once the further rows are there."""
+        covered, uncovered = self.covered | right.captured, self.uncovered.copy()
+        changed = right.captured.any(1)
+        uncovered[changed] = _log_uncovered(self.top_logprobs.rows[changed], covered[changed])
+        return covered, uncovered

@@ -27,3 +27,21 @@ def learn(quick: bool, seeds: int, output: Path | None, model: str) -> None:
 
     with failures_told():
         sys.exit(sona.bench.learn.run(seeds=seeds, output=output, model=model))
+
+
+@bench.command()
+def update() -> None:
+    """How long an instant update takes, states in hand to table handed over."""
+    import sona.bench.update
+
+    sys.exit(sona.bench.update.run())
+
+
+@bench.command()
+def latency() -> None:
+    """How soon a correction is served, and what learning costs everybody else."""
+    import sona.bench.latency
+    from sona.cli.shared import failures_told
+
+    with failures_told():
+        sys.exit(sona.bench.latency.run())

@@ -1,5 +1,6 @@
 import itertools
 
+import jax
 import numpy as np
 import pytest
 from reference.head_edits import log_softmax, logit
@@ -160,6 +161,19 @@ def test_no_feedback_compiles_anything_after_the_warm_up():
         for sweeps in (0, 7, 50):
             solve(problem(count, num_rows, shape=shape), zeros(shape), max_sweeps=sweeps)
     assert num_compiled() == before
+
+
+def test_the_host_solves_where_an_accelerator_is_the_default(monkeypatch):
+    given = problem(5, 20)
+    want = solve(given, zeros(), max_sweeps=50)
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    solver._hosts.cache_clear()
+    try:
+        assert [str(device) for device in solver._hosts()] == [str(jax.devices("cpu")[0])]
+        got = solve(given, zeros(), max_sweeps=50)
+    finally:
+        solver._hosts.cache_clear()
+    np.testing.assert_array_equal(got.coefficients, want.coefficients)
 
 
 def test_bucket_of_is_the_smallest_that_fits():
