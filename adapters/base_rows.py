@@ -31,6 +31,7 @@ that is what is served."""
 # rounding of h (about 1e-2 nat at |z| = 10), so a smaller remainder would be noise.
 _LEAST_REMAINDER = 2.0**-10
 _LOG_FLOOR = -200.0  # stands in for log 0
+_FEW_ROWS = 16  # up to here comparing all with all is faster than a search
 
 
 def log_norms(
@@ -42,16 +43,20 @@ def log_norms(
     return logits - capture.top_logprobs[:, 0]
 
 
-def _match(
+def _hits(
     top_ids: Int[np.ndarray, "N Q"], row_ids: Int[np.ndarray, " J"]
-) -> tuple[Int[np.ndarray, "N Q"], Bool[np.ndarray, "N Q"]]:
-    """Where each captured id stands among the (distinct) rows, and whether it is there at all."""
-    if len(row_ids) == 0:
-        return np.zeros(top_ids.shape, np.int64), np.zeros(top_ids.shape, np.bool_)
+) -> tuple[Int[np.ndarray, " H"], Int[np.ndarray, " H"], Int[np.ndarray, " H"]]:
+    """Where captured ids are rows: position, place among the captured, row. Rows are distinct."""
+    if len(row_ids) <= _FEW_ROWS:
+        hit = np.flatnonzero(top_ids.ravel()[None, :] == row_ids[:, None])  # of the flat array
+        row, cell = np.divmod(hit, max(top_ids.size, 1))
+        position, place = np.divmod(cell, top_ids.shape[1])
+        return position, place, row
     order = np.argsort(row_ids, kind="stable")
-    place = np.searchsorted(row_ids, top_ids, sorter=order).clip(max=len(row_ids) - 1)
-    column = order[place]
-    return column, row_ids[column] == top_ids
+    nearest = np.searchsorted(row_ids, top_ids, sorter=order).clip(max=len(row_ids) - 1)
+    row = order[nearest]
+    position, place = np.nonzero(row_ids[row] == top_ids)
+    return position, place, row[position, place]
 
 
 def log_odds(
@@ -83,11 +88,11 @@ def _block(
     row_ids: Int[np.ndarray, " J"],
 ) -> _Block:
     """Put captured values over gathered ones, and weigh what remains gathered."""
-    column, captured = _match(top_ids, row_ids)
-    place = np.nonzero(captured)
-    is_captured = np.zeros(logits.shape, np.bool_)
-    is_captured[place[0], column[place]] = True
-    logits[place[0], column[place]] = top_logprobs[place]
+    position, place, row = _hits(top_ids, row_ids)
+    captured, is_captured = np.zeros(top_ids.shape, np.bool_), np.zeros(logits.shape, np.bool_)
+    captured[position, place] = True
+    is_captured[position, row] = True
+    logits[position, row] = top_logprobs[position, place]
     with np.errstate(over="ignore"):  # an infinite ratio is floored where it is used
         ratio = np.exp(logits - rest_logprob[:, None], dtype=np.float32)
     gathered = np.where(is_captured, np.float32(0), ratio).sum(1, dtype=np.float64)

@@ -51,8 +51,10 @@ def grow(state: HeadState, batch: Batch, row_ids: np.ndarray, head_rows: HeadRow
     gram[:old, :old] = state.gram[:old, :old]
     gram[old:count, :count] = cross
     gram[:old, old:count] = cross[:, :old].T
-    coefficients = np.zeros(shape, np.float32)
-    coefficients[: state.gram.shape[0], : state.coefficients.shape[1]] = state.coefficients
+    coefficients = state.coefficients  # zero wherever there was nothing yet
+    if coefficients.shape != shape:
+        coefficients = np.zeros(shape, np.float32)
+        coefficients[: state.gram.shape[0], : state.coefficients.shape[1]] = state.coefficients
     known = state.feedback_ids
     ids = known if batch.feedback_id in known else (*known, batch.feedback_id)
     return replace(

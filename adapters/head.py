@@ -182,7 +182,10 @@ def _choose_forms(state: HeadState, old: int, verdict: _Verdict) -> tuple[HeadSt
     taught = conventions(evidence, strength, logits, columns.argmax_logit, columns.row, const)
     is_convention = is_member & (columns.target[:, None] == taught[None, :]).any(1)
     is_first = is_convention != columns.is_convention
-    coefficients = np.where(_padded(is_first, state)[:, None], np.float32(0), state.coefficients)
+    coefficients = state.coefficients
+    if is_first.any():
+        coefficients = coefficients.copy()
+        coefficients[:count][is_first] = 0.0
     is_first[old:] = True
     chosen = replace(
         columns, is_active=verdict.is_active, is_repeat=verdict.is_repeat,

@@ -162,9 +162,8 @@ def _pass(
     state: _State,
     excess: float,
 ) -> tuple[_State, Int[Array, ""]]:
-    """One step on each candidate that does not hold now, in order; and how many moved."""
-    fails = candidates & (_log_odds(state.logits, problem.rest, problem.target) < problem.need)
-    order = jnp.argsort(~fails, stable=True)
+    """One step on each candidate that does not hold by then, in order; and how many moved."""
+    order = jnp.argsort(~candidates, stable=True)
 
     def body(
         k: Int[Array, ""], carry: tuple[_State, Int[Array, ""]]
@@ -173,7 +172,7 @@ def _pass(
         inner, moved = _step(problem, kernel_NN, order[k], inner, excess)
         return inner, count + moved
 
-    return jax.lax.fori_loop(0, fails.sum(), body, (state, jnp.int32(0)))
+    return jax.lax.fori_loop(0, candidates.sum(), body, (state, jnp.int32(0)))
 
 
 @jax.jit
@@ -195,7 +194,8 @@ def _solve(
 
     def sweep(carry: tuple[_State, Array, Array, Array]) -> tuple[_State, Array, Array, Array]:
         inner, _, sweeps, total = carry
-        inner, moved = _pass(problem, kernel_NN, active, inner, _EXCESS)
+        fails = active & (_log_odds(inner.logits, problem.rest, problem.target) < problem.need)
+        inner, moved = _pass(problem, kernel_NN, fails, inner, _EXCESS)
         return inner, moved, sweeps + (moved > 0).astype(jnp.int32), total + moved
 
     def unfinished(carry: tuple[_State, Array, Array, Array]) -> Array:
