@@ -102,5 +102,7 @@ def _shared_targets(evidence: Evidence) -> tuple[Int[np.ndarray, " T"], Int[np.n
     order = np.lexsort((feedback, target))
     target, feedback, members = target[order], feedback[order], members[order]
     again = (target[1:] == target[:-1]) & (feedback[1:] != feedback[:-1])
+    if not again.any():
+        return target[:0], members[:0]
     candidates, where = np.unique(target[1:][again], return_index=True)
     return candidates, members[1:][again][where]

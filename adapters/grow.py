@@ -76,10 +76,11 @@ def _columns(
     row = base.columns(batch.targets).astype(np.int32)
     argmax = batch.capture.top_ids[:, 0]
     need = np.full(count, logit(config.target_probability), np.float32)
-    if not batch.is_edit.all():
-        odds = _best_log_odds(state, base, argmax, row, cross[:, :old])
-        kept = config.constraint_fraction / (1.0 + np.exp(-odds[~batch.is_edit]))
-        need[~batch.is_edit] = logit(kept.clip(_LEAST_NEED, _MOST_NEED))
+    kept = np.flatnonzero(~batch.is_edit)
+    if len(kept):
+        odds = _best_log_odds(state, base, old + kept, row[kept], cross[kept, :old])
+        share = config.constraint_fraction / (1.0 + np.exp(-odds))
+        need[kept] = logit(share.clip(_LEAST_NEED, _MOST_NEED))
     no = np.zeros(count, np.bool_)
     return state.columns.followed_by(Columns(
         target=batch.targets.astype(np.int32), row=row, argmax=argmax,
@@ -91,16 +92,17 @@ def _columns(
 
 
 def _best_log_odds(
-    state: HeadState, base: BaseRows, argmax: np.ndarray, row: np.ndarray, cross: np.ndarray
+    state: HeadState, base: BaseRows, positions: np.ndarray, row: np.ndarray, cross: np.ndarray
 ) -> np.ndarray:
-    """Log-odds of the new positions' targets, served or base, whichever is higher; float64.
+    """Log-odds of new positions' targets, served or base, whichever is higher; float64.
 
     The base's counts too: an edit may have pushed a token down that is now declared right.
     """
     old, num_old_rows = state.num_positions, state.base.num_rows
-    logits = base.logits[old : old + len(row), : base.num_rows].astype(np.float64)
-    rest = base.rest[old:].astype(np.float64)
-    base_odds = log_odds(logits, rest, row)
-    kernel = cross + state.features(argmax)
-    logits[:, :num_old_rows] += kernel @ state.coefficients[:old, :num_old_rows]
-    return np.maximum(base_odds, log_odds(logits, rest, row))
+    logits = base.logits[positions, : base.num_rows].astype(np.float64)
+    served = logits.copy()
+    kernel = cross + state.features(base.top_ids.rows[positions, 0])
+    served[:, :num_old_rows] += kernel @ state.coefficients[:old, :num_old_rows]
+    rest = base.rest[positions].astype(np.float64)
+    both = log_odds(np.concatenate([logits, served]), np.tile(rest, 2), np.tile(row, 2))
+    return both.reshape(2, -1).max(0)

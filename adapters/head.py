@@ -26,8 +26,8 @@ from adapters.batch import Batch, check
 from adapters.errors import AdapterNotFound
 from adapters.forms import Evidence, conventions, extend_strength
 from adapters.grow import admit, grow
-from adapters.solve import Problem, solve
-from adapters.state import HeadState, logit, probability
+from adapters.solve import Problem, Solution, solve
+from adapters.state import Columns, HeadState, logit, probability
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,20 +66,33 @@ def add(state: HeadState, batch: Batch, head_rows: HeadRows) -> tuple[HeadState,
     if grown.num_positions == state.num_positions:
         return replace(grown, log=(*state.log, batch)), _report(grown, (0, 0), num_dropped, ())
     verdict = _contradictions(grown, state.num_positions)
-    grown, is_first = _choose_forms(grown, state.num_positions, verdict)
-    grown, num_sweeps, num_steps = _solved(grown, is_first, 0)
-    grown = replace(grown, is_settled=False, log=(*state.log, batch))
-    return grown, _report(grown, (num_sweeps, num_steps), num_dropped, verdict.replaced)
+    columns, warm, is_first = _choose_forms(grown, state.num_positions, verdict)
+    solution = _solution(grown, columns, warm, is_first, 0)
+    added = replace(
+        grown,
+        columns=columns,
+        coefficients=solution.coefficients,
+        log_odds=solution.log_odds[: grown.num_positions],
+        is_settled=False,
+        log=(*state.log, batch),
+    )
+    effort = (solution.num_sweeps, solution.num_steps)
+    return added, _report(added, effort, num_dropped, verdict.replaced)
 
 
 def settle(state: HeadState) -> tuple[HeadState, SolveReport]:
     """Sweep over all positions until each holds or nothing moves."""
     if state.is_settled:
         return state, _report(state, (0, 0), 0, ())
-    nothing = np.zeros(state.num_positions, np.bool_)
-    settled, num_sweeps, num_steps = _solved(state, nothing, state.config.max_sweeps)
-    settled = replace(settled, is_settled=True)
-    return settled, _report(settled, (num_sweeps, num_steps), 0, ())
+    nobody = np.zeros(state.num_positions, np.bool_)
+    solution = _solution(state, state.columns, state.coefficients, nobody, state.config.max_sweeps)
+    settled = replace(
+        state,
+        coefficients=solution.coefficients,
+        log_odds=solution.log_odds[: state.num_positions],
+        is_settled=True,
+    )
+    return settled, _report(settled, (solution.num_sweeps, solution.num_steps), 0, ())
 
 
 def learn(state: HeadState, batch: Batch, head_rows: HeadRows) -> tuple[HeadState, SolveReport]:
@@ -191,7 +204,7 @@ def _choose_forms(state: HeadState, old: int, verdict: _Verdict) -> tuple[HeadSt
         columns, is_active=verdict.is_active, is_repeat=verdict.is_repeat,
         strength=strength, is_convention=is_convention,
     )  # fmt: skip
-    return replace(state, columns=chosen, coefficients=coefficients), is_first & columns.is_edit
+    return chosen, coefficients, is_first & columns.is_edit
 
 
 def _padded(column: np.ndarray, state: HeadState) -> np.ndarray:
@@ -201,9 +214,11 @@ def _padded(column: np.ndarray, state: HeadState) -> np.ndarray:
     return padded
 
 
-def _solved(state: HeadState, is_first: np.ndarray, max_sweeps: int) -> tuple[HeadState, int, int]:
-    """Run the compiled program. Returns the sweeps and steps it took as well."""
-    columns, config, scale = state.columns, state.config, state.metric.mean_norm
+def _solution(
+    state: HeadState, columns: Columns, warm: np.ndarray, is_first: np.ndarray, max_sweeps: int
+) -> Solution:
+    """Run the compiled program."""
+    config, scale = state.config, state.metric.mean_norm
     weights = [config.token_weight * scale, config.const_weight * scale,
                config.max_step, config.max_shift]  # fmt: skip
     problem = Problem(
@@ -219,13 +234,7 @@ def _solved(state: HeadState, is_first: np.ndarray, max_sweeps: int) -> tuple[He
         num_rows=np.asarray(state.base.num_rows, np.int32),
         weights=np.array(weights, np.float32),
     )
-    solution = solve(problem, state.coefficients, max_sweeps=max_sweeps)
-    solved = replace(
-        state,
-        coefficients=solution.coefficients,
-        log_odds=solution.log_odds[: state.num_positions],
-    )
-    return solved, solution.num_sweeps, solution.num_steps
+    return solve(problem, warm, max_sweeps=max_sweeps)
 
 
 def _report(

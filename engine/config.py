@@ -1,11 +1,14 @@
 """What the operator may set about the engine, and the sizes derived from it at start-up."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import psutil
 
 from engine.errors import ConfigError
-from engine.model.config import ModelConfig
+
+if TYPE_CHECKING:  # the scheduler reads plans and must not load jax
+    from engine.model.config import ModelConfig
 
 _DTYPES = ("auto", "float32", "bfloat16")
 _PAGE_SIZES = (8, 16, 32, 64)
@@ -76,7 +79,7 @@ class EnginePlan:
     learning_fraction: float
 
 
-def plan_engine(config: EngineConfig, model: ModelConfig, *, platform: str) -> EnginePlan:
+def plan_engine(config: EngineConfig, model: "ModelConfig", *, platform: str) -> EnginePlan:
     """Turn settings into sizes, given the memory that is free now.
 
     Raises:

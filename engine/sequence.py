@@ -9,6 +9,7 @@ While decoding, the last token is not computed yet: it is the next step's input.
 import enum
 import time
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,8 +24,10 @@ from engine.api import (
     TokenLogprob,
     Update,
 )
-from engine.step import Captured, Sampled
 from engine.text import TextStream, Tokenizer
+
+if TYPE_CHECKING:  # the scheduler handles sequences and must not load jax
+    from engine.step import Captured, Sampled
 
 
 class Kind(enum.Enum):
@@ -52,7 +55,7 @@ class Sequence:
     parked_hidden: np.ndarray | None = None  # [D], waits for a free head slot to be sampled
     vector_sum: np.ndarray | None = None  # [D] float64, over the prompt computed so far
     prompt_vector: np.ndarray | None = None
-    captured: list[tuple[Captured, int]] = field(default_factory=list)
+    captured: "list[tuple[Captured, int]]" = field(default_factory=list)
     created_s: float = field(default_factory=time.monotonic)
     admitted_s: float = 0.0
     first_token_s: float = 0.0
@@ -118,7 +121,7 @@ class Answer:
         self._news: list[Token] = []
         self._text = ""
 
-    def accept(self, sampled: Sampled, row: int) -> FinishReason | None:
+    def accept(self, sampled: "Sampled", row: int) -> FinishReason | None:
         """Take row `row` of a step's result. Returns the reason when the answer ends here."""
         sequence, job = self._sequence, self._sequence.job
         token_id = int(sampled.token[row])
@@ -167,7 +170,7 @@ class Answer:
         return update
 
 
-def _token(sampled: Sampled, row: int, num_logprobs: int | None) -> Token:
+def _token(sampled: "Sampled", row: int, num_logprobs: int | None) -> Token:
     token_id = int(sampled.token[row])
     if num_logprobs is None:
         return Token(token_id, None, ())

@@ -1,6 +1,1 @@
-"""The paged KV cache: who owns which page, and the arrays behind them."""
-
-from engine.kv.pages import PageTable
-from engine.kv.pool import KVPool, new_pool
-
-__all__ = ["KVPool", "PageTable", "new_pool"]
+"""The paged KV cache: who owns which page (`pages`), and the arrays behind them (`pool`)."""

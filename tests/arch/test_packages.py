@@ -30,7 +30,7 @@ def test_package_belongs_to_our_distribution(package):
         ("sona.journal", ["jax", "grpc"]),
         ("adapters.store", ["jax", "grpc"]),
         ("sona.cli", ["jax", "grpc", "engine.model"]),
-        ("engine.scheduler", ["grpc", "asyncio", "faiss"]),
+        ("engine.scheduler", ["jax", "grpc", "faiss"]),
     ],
 )
 def test_importing_stays_light(module, absent):

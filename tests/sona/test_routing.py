@@ -14,7 +14,8 @@ D = 8
 def generic():
     rng = np.random.default_rng(0)
     states = rng.standard_normal((50, D)).astype(np.float32)
-    nothing = Capture(*(np.zeros((0, n), np.float32) for n in (D, 1, 1)), np.zeros(0, np.float32))
+    none = np.zeros((0, D), np.float32)
+    nothing = Capture(none, none.astype(np.int32), none, none[:, 0])
     return GenericStats(np.zeros(D, np.float32), states, KeyMetric.fit(states), nothing)
 
 
