@@ -31,6 +31,7 @@ that is what is served."""
 # rounding of h (about 1e-2 nat at |z| = 10), so a smaller remainder would be noise.
 _LEAST_REMAINDER = 2.0**-10
 _LOG_FLOOR = -200.0  # stands in for log 0
+_LARGEST_LOG_RATIO = np.float32(80.0)
 _FEW_ROWS = 16  # up to here comparing all with all is faster than a search
 
 
@@ -89,14 +90,13 @@ def _block(
 ) -> _Block:
     """Put captured values over gathered ones, and weigh what remains gathered."""
     position, place, row = _hits(top_ids, row_ids)
-    captured, is_captured = np.zeros(top_ids.shape, np.bool_), np.zeros(logits.shape, np.bool_)
+    captured = np.zeros(top_ids.shape, np.bool_)
     captured[position, place] = True
-    is_captured[position, row] = True
+    # The cap keeps exp finite; any ratio beyond 1 is cut to the least remainder where it is used.
+    ratio = np.exp(np.minimum(logits - rest_logprob[:, None], _LARGEST_LOG_RATIO))
+    ratio[position, row] = 0.0
     logits[position, row] = top_logprobs[position, place]
-    with np.errstate(over="ignore"):  # an infinite ratio is floored where it is used
-        ratio = np.exp(logits - rest_logprob[:, None], dtype=np.float32)
-    gathered = np.where(is_captured, np.float32(0), ratio).sum(1, dtype=np.float64)
-    return _Block(logits, captured, gathered)
+    return _Block(logits, captured, ratio.sum(1, dtype=np.float64))
 
 
 def _log_uncovered(

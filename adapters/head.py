@@ -172,10 +172,12 @@ def _corrects(state: HeadState, old: int) -> bool:
     return bool(columns.is_edit[columns.feedback == columns.feedback[old]].any())
 
 
-def _choose_forms(state: HeadState, old: int, verdict: _Verdict) -> tuple[HeadState, np.ndarray]:
-    """Choose each target's form anew; who changed it starts from zero. Also who steps first [N].
+def _choose_forms(
+    state: HeadState, old: int, verdict: _Verdict
+) -> tuple[Columns, np.ndarray, np.ndarray]:
+    """Choose each target's form anew. Returns the columns, where to start, and who steps first [N].
 
-    The solver drops the coefficients of whoever is no longer active.
+    Who changed form starts from zero; the solver itself drops whoever is no longer active.
     """
     columns, config, count = state.columns, state.config, state.num_positions
     const = config.const_weight * state.metric.mean_norm

@@ -31,7 +31,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 # Padded [N, J]; each holds the one before it, so that a growing pattern moves to the right only.
-BUCKETS = ((32, 64), (32, 256), (128, 256), (128, 1024), (512, 1024), (2048, 1024))
+BUCKETS = (
+    (32, 64), (32, 128), (64, 128), (64, 256),
+    (128, 256), (256, 512), (512, 1024), (2048, 1024),
+)  # fmt: skip
 MAX_POSITIONS, MAX_ROWS = BUCKETS[-1]
 
 # Log-odds aimed at beyond the need, so that a sweep ends strictly inside instead of creeping up
@@ -178,7 +181,7 @@ def _pass(
 @jax.jit
 def _solve(
     problem: Problem, warm: Float[AnyArray, "N J"], max_sweeps: Int[AnyArray, ""]
-) -> tuple[Array, Array, Array, Array]:
+) -> tuple[Array, Array, Array]:
     active = problem.is_active
     cell = active[:, None] & (jnp.arange(warm.shape[1])[None, :] < problem.num_rows)
     problem = problem._replace(
@@ -204,7 +207,8 @@ def _solve(
     carry = (state, jnp.int32(1), jnp.int32(0), steps)
     state, _, sweeps, steps = jax.lax.while_loop(unfinished, sweep, carry)
     log_odds = _log_odds(state.logits, problem.rest, problem.target)
-    return state.coefficients, jnp.where(active, log_odds, jnp.float32(0)), sweeps, steps
+    effort = jnp.stack([sweeps, steps])
+    return state.coefficients, jnp.where(active, log_odds, jnp.float32(0)), effort
 
 
 @functools.cache
@@ -229,10 +233,9 @@ def solve(problem: Problem, warm: np.ndarray, *, max_sweeps: int) -> Solution:
     """
     hosts = _hosts()
     with jax.default_device(hosts[0]) if hosts else contextlib.nullcontext():
-        coefficients, log_odds, sweeps, steps = _solve(
-            problem, warm, np.asarray(max_sweeps, np.int32)
-        )
-        return Solution(np.asarray(coefficients), np.asarray(log_odds), int(sweeps), int(steps))
+        parts = _solve(problem, warm, np.asarray(max_sweeps, np.int32))
+        coefficients, log_odds, effort = (np.asarray(part) for part in parts)
+    return Solution(coefficients, log_odds, int(effort[0]), int(effort[1]))
 
 
 def bucket_of(num_positions: int, num_rows: int) -> tuple[int, int]:

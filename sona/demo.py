@@ -93,7 +93,7 @@ async def _lesson(
     confirmed = iter(convention.neighbours(rng, 4 * _STAGES[-1], "teach"))
     example = lessons[0]
     console.print(
-        f"{convention.family}: “{example.prompt.strip()}”  "
+        f"{convention.family}: “{example.prompt.strip()}”\n    "
         f"{example.answer}  →  {convention.apply(example)}",
         highlight=False,
     )

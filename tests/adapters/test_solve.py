@@ -179,9 +179,9 @@ def test_the_host_solves_where_an_accelerator_is_the_default(monkeypatch):
 def test_bucket_of_is_the_smallest_that_fits():
     assert bucket_of(0, 0) == (32, 64)
     assert bucket_of(32, 64) == (32, 64)
-    assert bucket_of(32, 65) == (32, 256)
-    assert bucket_of(33, 1) == (128, 256)
-    assert bucket_of(1, 257) == (128, 1024)
+    assert bucket_of(32, 65) == (32, 128)
+    assert bucket_of(33, 1) == (64, 128)
+    assert bucket_of(1, 257) == (256, 512)
     assert bucket_of(2048, 1024) == (2048, 1024)
 
 
