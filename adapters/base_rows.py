@@ -30,9 +30,9 @@ that is what is served."""
 # Of the uncaptured mass, what stays untouched at least. Gathered logits carry the bfloat16
 # rounding of h (about 1e-2 nat at |z| = 10), so a smaller remainder would be noise.
 _LEAST_REMAINDER = 2.0**-10
-_LOG_FLOOR = -200.0  # stands in for log 0
+_LOG_FLOOR = np.float32(-200.0)  # stands in for log 0
 _LARGEST_LOG_RATIO = np.float32(80.0)
-_FEW_ROWS = 16  # up to here comparing all with all is faster than a search
+_FEW_PAIRS = 65_536  # up to here comparing all with all is faster than a search
 
 
 def log_norms(
@@ -48,7 +48,7 @@ def _hits(
     top_ids: Int[np.ndarray, "N Q"], row_ids: Int[np.ndarray, " J"]
 ) -> tuple[Int[np.ndarray, " H"], Int[np.ndarray, " H"], Int[np.ndarray, " H"]]:
     """Where captured ids are rows: position, place among the captured, row. Rows are distinct."""
-    if len(row_ids) <= _FEW_ROWS:
+    if len(row_ids) * top_ids.size <= _FEW_PAIRS:
         hit = np.flatnonzero(top_ids.ravel()[None, :] == row_ids[:, None])  # of the flat array
         row, cell = np.divmod(hit, max(top_ids.size, 1))
         position, place = np.divmod(cell, top_ids.shape[1])
@@ -99,13 +99,20 @@ def _block(
     return _Block(logits, captured, ratio.sum(1, dtype=np.float64))
 
 
-def _log_uncovered(
-    top_logprobs: Float[np.ndarray, "N Q"], covered: Bool[np.ndarray, "N Q"]
+def _log_rest(
+    top_probabilities: Float[np.ndarray, "N Q"],
+    covered: Bool[np.ndarray, "N Q"],
+    rest_logprob: Float[np.ndarray, " N"],
+    gathered: Float[np.ndarray, " N"],
 ) -> Float[np.ndarray, " N"]:
-    """log-sum-exp of the captured logits that are not among the rows."""
-    kept = np.where(covered, np.float32(_LOG_FLOOR), top_logprobs)
-    peak = kept.max(1)
-    return (peak + np.log(np.exp(kept - peak[:, None]).sum(1))).astype(np.float64)
+    """Log of the base mass outside the rows: captured ids that are none, and the uncaptured.
+
+    A sum of positive numbers in float64: exp(-200) is far from underflow, nothing cancels.
+    """
+    untouched = np.einsum("nq,nq->n", top_probabilities, ~covered)
+    uncaptured = np.exp(rest_logprob.astype(np.float64))
+    remainder = np.maximum(1.0 - gathered, _LEAST_REMAINDER)
+    return np.log(untouched + uncaptured * remainder).astype(np.float32)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -115,31 +122,35 @@ class BaseRows:
     hidden: Growing  # [N, D] float32
     top_ids: Growing  # [N, Q] int32
     top_logprobs: Growing  # [N, Q] float32
+    top_probabilities: Growing  # [N, Q] float64, the exponential of the above
     rest_logprob: np.ndarray  # [N] float32
     log_norm: np.ndarray  # [N] float32, l
+    row_of: dict[int, int]  # row number of each token; not changed once here
     row_ids: np.ndarray  # [J] int32, distinct, in order of arrival
     row_weights: Growing  # [J, D] float32
     logits: np.ndarray  # [PN, PJ] float32, relative to l; zero outside N, J
-    covered: np.ndarray  # [N, Q] bool
-    uncovered: np.ndarray  # [N] float64, log mass of captured ids that are not rows
+    rest: np.ndarray  # [N] float32, log of the base mass outside the rows
+    covered: np.ndarray  # [N, Q] bool, captured ids that are rows
     gathered: np.ndarray  # [N] float64, see _Block
 
     @classmethod
     def empty(cls, dim: int) -> "BaseRows":
         """No positions and no rows."""
-        nothing = np.zeros(0, np.float64)
+        nothing = np.zeros(0, np.float32)
         return cls(
             hidden=Growing.empty(dim, np.float32),
             top_ids=Growing.empty(NUM_CAPTURED_LOGITS, np.int32),
             top_logprobs=Growing.empty(NUM_CAPTURED_LOGITS, np.float32),
-            rest_logprob=np.zeros(0, np.float32),
-            log_norm=np.zeros(0, np.float32),
+            top_probabilities=Growing.empty(NUM_CAPTURED_LOGITS, np.float64),
+            rest_logprob=nothing,
+            log_norm=nothing,
+            row_of={},
             row_ids=np.zeros(0, np.int32),
             row_weights=Growing.empty(dim, np.float32),
             logits=np.zeros((0, 0), np.float32),
+            rest=nothing,
             covered=np.zeros((0, NUM_CAPTURED_LOGITS), np.bool_),
-            uncovered=nothing,
-            gathered=nothing,
+            gathered=np.zeros(0, np.float64),
         )
 
     @property
@@ -152,16 +163,9 @@ class BaseRows:
         """J."""
         return len(self.row_ids)
 
-    @property
-    def rest(self) -> Float[np.ndarray, " N"]:
-        """Log of the base mass outside the rows, float32."""
-        remainder = np.log(np.maximum(1.0 - self.gathered, _LEAST_REMAINDER))
-        return np.logaddexp(self.uncovered, self.rest_logprob + remainder).astype(np.float32)
-
     def columns(self, token_ids: Int[np.ndarray, " T"]) -> Int[np.ndarray, " T"]:
         """The row number of each token. All must be rows."""
-        order = np.argsort(self.row_ids, kind="stable")
-        return order[np.searchsorted(self.row_ids, token_ids, sorter=order)]
+        return np.array([self.row_of[token_id] for token_id in token_ids.tolist()], np.int32)
 
     def extended(
         self,
@@ -177,36 +181,54 @@ class BaseRows:
         new positions   -------- lower --------
         """
         hidden = np.asarray(capture.hidden, np.float32)
-        weights, ids = self.row_weights, self.row_ids
-        if len(row_ids):
-            weights = weights.append(np.asarray(head_rows(row_ids), np.float32))
-            ids = np.concatenate([ids, row_ids.astype(np.int32)])
+        weights, row_of, ids = self._rows_with(row_ids, head_rows)
         norm = log_norms(hidden, capture, head_rows)
-        rest = np.maximum(capture.rest_logprob, np.float32(_LOG_FLOOR))
+        rest_logprob = np.maximum(capture.rest_logprob, _LOG_FLOOR)
         lower = _block(
             hidden @ weights.rows.T - norm[:, None],
-            capture.top_ids, capture.top_logprobs, rest, ids,
+            capture.top_ids, capture.top_logprobs, rest_logprob, ids,
         )  # fmt: skip
-        right = self._columns_of(weights.rows[self.num_rows :], row_ids)
-        logits = np.zeros(shape, np.float32)
         old, num_old_rows = self.num_positions, self.num_rows
+        logits = np.zeros(shape, np.float32)
         logits[:old, :num_old_rows] = self.logits[:old, :num_old_rows]
-        logits[:old, num_old_rows : len(ids)] = right.logits
         logits[old : old + len(hidden), : len(ids)] = lower.logits
-        covered, uncovered = self._covered_by(right)
-        fresh = _log_uncovered(capture.top_logprobs, lower.captured)
+        covered, gathered = self.covered, self.gathered
+        if old and len(row_ids):
+            right = self._columns_of(weights.rows[num_old_rows:], row_ids)
+            logits[:old, num_old_rows : len(ids)] = right.logits
+            covered, gathered = covered | right.captured, gathered + right.gathered
+        covered = np.concatenate([covered, lower.captured])
+        gathered = np.concatenate([gathered, lower.gathered])
+        probabilities = np.exp(capture.top_logprobs, dtype=np.float64)
+        top_probabilities = self.top_probabilities.append(probabilities)
+        rest_logprob = np.concatenate([self.rest_logprob, rest_logprob])
         return BaseRows(
             hidden=self.hidden.append(hidden),
             top_ids=self.top_ids.append(capture.top_ids),
             top_logprobs=self.top_logprobs.append(capture.top_logprobs),
-            rest_logprob=np.concatenate([self.rest_logprob, rest]),
+            top_probabilities=top_probabilities,
+            rest_logprob=rest_logprob,
             log_norm=np.concatenate([self.log_norm, norm]),
+            row_of=row_of,
             row_ids=ids,
             row_weights=weights,
             logits=logits,
-            covered=np.concatenate([covered, lower.captured]),
-            uncovered=np.concatenate([uncovered, fresh]),
-            gathered=np.concatenate([self.gathered + right.gathered, lower.gathered]),
+            rest=_log_rest(top_probabilities.rows, covered, rest_logprob, gathered),
+            covered=covered,
+            gathered=gathered,
+        )
+
+    def _rows_with(
+        self, row_ids: Int[np.ndarray, " K"], head_rows: HeadRows
+    ) -> tuple[Growing, dict[int, int], Int[np.ndarray, " J"]]:
+        """Weights, numbers and ids of the rows with further ones behind them."""
+        if len(row_ids) == 0:
+            return self.row_weights, self.row_of, self.row_ids
+        numbers = range(self.num_rows, self.num_rows + len(row_ids))
+        return (
+            self.row_weights.append(np.asarray(head_rows(row_ids), np.float32)),
+            self.row_of | dict(zip(row_ids.tolist(), numbers, strict=True)),
+            np.concatenate([self.row_ids, row_ids.astype(np.int32)]),
         )
 
     def _columns_of(
@@ -215,10 +237,3 @@ class BaseRows:
         """The known positions on further rows."""
         logits = self.hidden.rows @ weights.T - self.log_norm[:, None]
         return _block(logits, self.top_ids.rows, self.top_logprobs.rows, self.rest_logprob, row_ids)
-
-    def _covered_by(self, right: _Block) -> tuple[Bool[np.ndarray, "N Q"], Float[np.ndarray, " N"]]:
-        """`covered` and `uncovered` once the further rows are there."""
-        covered, uncovered = self.covered | right.captured, self.uncovered.copy()
-        changed = right.captured.any(1)
-        uncovered[changed] = _log_uncovered(self.top_logprobs.rows[changed], covered[changed])
-        return covered, uncovered

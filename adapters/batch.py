@@ -43,34 +43,35 @@ def check(batch: Batch, dim: int) -> None:
       CandidateRejected: naming the array and what is allowed.
     """
     capture, count = batch.capture, len(batch.targets)
-    shapes = {
-        "hidden": (capture.hidden.shape, (count, dim)),
-        "top_ids": (capture.top_ids.shape, (count, NUM_CAPTURED_LOGITS)),
-        "top_logprobs": (capture.top_logprobs.shape, (count, NUM_CAPTURED_LOGITS)),
-        "rest_logprob": (capture.rest_logprob.shape, (count,)),
-        "is_edit": (batch.is_edit.shape, (count,)),
-    }
-    for name, (got, want) in shapes.items():
-        if got != want:
+    logits = (count, NUM_CAPTURED_LOGITS)
+    for name, array, shape in (
+        ("hidden", capture.hidden, (count, dim)),
+        ("top_ids", capture.top_ids, logits),
+        ("top_logprobs", capture.top_logprobs, logits),
+        ("rest_logprob", capture.rest_logprob, (count,)),
+        ("is_edit", batch.is_edit, (count,)),
+    ):
+        if array.shape != shape:
             raise CandidateRejected(
-                f"feedback {batch.feedback_id}: {name} has shape {got}; {count} positions of this "
-                f"model need {want}; capture the answer again"
+                f"feedback {batch.feedback_id}: {name} has shape {array.shape}; {count} positions "
+                f"of this model need {shape}; capture the answer again"
             )
     hidden = np.asarray(capture.hidden, np.float32)
+    if count == 0:
+        return
     energy = np.einsum("td,td->t", hidden, hidden)
-    if not (energy.min(initial=1.0) > 0.0 and energy.max(initial=1.0) < np.inf):
+    if not (energy.min() > 0.0 and energy.max() < np.inf):  # NaN fails the first
         raise CandidateRejected(
             f"feedback {batch.feedback_id}: a hidden state is zero, infinite or NaN; "
             "nothing can be learned from it"
         )
     top, rest = capture.top_logprobs, capture.rest_logprob
-    highest = np.maximum(top.max(initial=-1.0), rest.max(initial=-1.0))  # NaN if any is
-    if not (highest < 1e-2 and top.min(initial=0.0) > -np.inf):
+    if not (top.max() < 1e-2 and rest.max() < 1e-2 and top.min() > -np.inf):
         raise CandidateRejected(
             f"feedback {batch.feedback_id}: a captured log-probability is above 0, infinite or "
             "NaN; capture the answer again"
         )
-    if count and (batch.targets < 0).any():
+    if batch.targets.min() < 0:
         raise CandidateRejected(
             f"feedback {batch.feedback_id}: target {int(batch.targets.min())} is no token id; "
             "use ids of the served tokenizer"

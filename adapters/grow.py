@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from adapters.base_rows import BaseRows, HeadRows, log_odds
+from adapters.base_rows import BaseRows, HeadRows
 from adapters.batch import Batch
 from adapters.errors import CandidateRejected
 from adapters.solve import MAX_POSITIONS, MAX_ROWS, bucket_of
-from adapters.state import Columns, HeadState, logit
+from adapters.state import POSITION, HeadState, logit
 
 # A confirmed token keeps its fraction within these: a rare one is not protected to the last
 # digit, a certain one may lose a little.
@@ -20,13 +20,12 @@ def admit(state: HeadState, batch: Batch) -> tuple[Batch, np.ndarray]:
     is_edit, targets = batch.is_edit, batch.targets
     strongest = batch.capture.top_ids[is_edit, : state.config.num_base_rows]
     wanted = np.concatenate([targets[is_edit], strongest.ravel(), targets[~is_edit]])
-    rows = dict.fromkeys(state.base.row_ids.tolist())  # a set that keeps its order
-    num_old = len(rows)
-    for token_id in wanted.tolist():
-        if len(rows) < MAX_ROWS:
-            rows.setdefault(token_id)
+    known = state.base.row_of
+    new = [token_id for token_id in dict.fromkeys(wanted.tolist()) if token_id not in known]
+    new = new[: MAX_ROWS - len(known)]
     room = MAX_POSITIONS - state.num_positions
-    is_row = np.array([token_id in rows for token_id in targets.tolist()], np.bool_)
+    fresh = set(new)
+    is_row = np.array([t in known or t in fresh for t in targets.tolist()], np.bool_)
     if is_edit.sum() > room or not is_row[is_edit].all():
         raise CandidateRejected(
             f"the pattern holds {state.num_positions} positions on {state.base.num_rows} rows and "
@@ -36,8 +35,7 @@ def admit(state: HeadState, batch: Batch) -> tuple[Batch, np.ndarray]:
     keep = is_row.copy()
     spare = room - int(is_edit.sum())
     keep[np.flatnonzero(is_row & ~is_edit)[spare:]] = False
-    new = np.array(list(rows)[num_old:], np.int32)
-    return (batch if keep.all() else batch.taken(keep)), new
+    return (batch if keep.all() else batch.taken(keep)), np.array(new, np.int32)
 
 
 def grow(state: HeadState, batch: Batch, row_ids: np.ndarray, head_rows: HeadRows) -> HeadState:
@@ -70,39 +68,40 @@ def grow(state: HeadState, batch: Batch, row_ids: np.ndarray, head_rows: HeadRow
 
 def _columns(
     state: HeadState, batch: Batch, base: BaseRows, cross: np.ndarray, feedback: int
-) -> Columns:
+) -> np.ndarray:
     """The old columns and those of the batch; a constraint needs what it has by now."""
-    config, old, count = state.config, state.num_positions, len(batch.targets)
-    row = base.columns(batch.targets).astype(np.int32)
-    argmax = batch.capture.top_ids[:, 0]
-    need = np.full(count, logit(config.target_probability), np.float32)
+    config, old = state.config, state.num_positions
+    columns = np.zeros(old + len(batch.targets), POSITION)
+    columns[:old] = state.columns
+    new = columns[old:]
+    new["target"], new["row"] = batch.targets, base.columns(batch.targets)
+    new["argmax"] = batch.capture.top_ids[:, 0]
+    new["argmax_logit"] = batch.capture.top_logprobs[:, 0]
+    new["feedback"], new["norm"] = feedback, np.diagonal(cross, old)
+    new["is_edit"], new["is_active"] = batch.is_edit, True
+    new["need"] = logit(config.target_probability)
     kept = np.flatnonzero(~batch.is_edit)
     if len(kept):
-        odds = _best_log_odds(state, base, old + kept, row[kept], cross[kept, :old])
-        share = config.constraint_fraction / (1.0 + np.exp(-odds))
-        need[kept] = logit(share.clip(_LEAST_NEED, _MOST_NEED))
-    no = np.zeros(count, np.bool_)
-    return state.columns.followed_by(Columns(
-        target=batch.targets.astype(np.int32), row=row, argmax=argmax,
-        argmax_logit=batch.capture.top_logprobs[:, 0],
-        feedback=np.full(count, feedback, np.int32), need=need, norm=np.diagonal(cross, old),
-        is_edit=batch.is_edit, is_active=~no, is_repeat=no, is_convention=no,
-        strength=np.zeros(count, np.float64),
-    ))  # fmt: skip
+        best = _best_probability(state, base, old + kept, new["row"][kept], cross[kept, :old])
+        share = config.constraint_fraction * best
+        new["need"][kept] = logit(share.clip(_LEAST_NEED, _MOST_NEED))
+    return columns
 
 
-def _best_log_odds(
+def _best_probability(
     state: HeadState, base: BaseRows, positions: np.ndarray, row: np.ndarray, cross: np.ndarray
 ) -> np.ndarray:
-    """Log-odds of new positions' targets, served or base, whichever is higher; float64.
+    """Probability of new positions' targets, served or base, whichever is higher.
 
     The base's counts too: an edit may have pushed a token down that is now declared right.
     """
-    old, num_old_rows = state.num_positions, state.base.num_rows
-    logits = base.logits[positions, : base.num_rows].astype(np.float64)
-    served = logits.copy()
+    num_old, num_old_rows = state.num_positions, state.base.num_rows
+    logits = base.logits[positions, : base.num_rows]
+    own = np.arange(len(row)), row
+    base_logit = logits[own]  # relative to the log-sum-exp: a log-probability
     kernel = cross + state.features(base.top_ids.rows[positions, 0])
-    served[:, :num_old_rows] += kernel @ state.coefficients[:old, :num_old_rows]
-    rest = base.rest[positions].astype(np.float64)
-    both = log_odds(np.concatenate([logits, served]), np.tile(rest, 2), np.tile(row, 2))
-    return both.reshape(2, -1).max(0)
+    logits[:, :num_old_rows] += kernel @ state.coefficients[:num_old, :num_old_rows]
+    rest = base.rest[positions]
+    peak = np.maximum(logits.max(1), rest)
+    total = np.exp(logits - peak[:, None]).sum(1) + np.exp(rest - peak)
+    return np.exp(np.maximum(base_logit, logits[own] - peak - np.log(total)))

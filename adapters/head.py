@@ -27,7 +27,7 @@ from adapters.errors import AdapterNotFound
 from adapters.forms import Evidence, conventions, extend_strength
 from adapters.grow import admit, grow
 from adapters.solve import Problem, Solution, solve
-from adapters.state import Columns, HeadState, logit, probability
+from adapters.state import HeadState, logit, probability
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +72,7 @@ def add(state: HeadState, batch: Batch, head_rows: HeadRows) -> tuple[HeadState,
         grown,
         columns=columns,
         coefficients=solution.coefficients,
-        log_odds=solution.log_odds[: grown.num_positions],
+        log_odds=solution.log_odds,
         is_settled=False,
         log=(*state.log, batch),
     )
@@ -89,7 +89,7 @@ def settle(state: HeadState) -> tuple[HeadState, SolveReport]:
     settled = replace(
         state,
         coefficients=solution.coefficients,
-        log_odds=solution.log_odds[: state.num_positions],
+        log_odds=solution.log_odds,
         is_settled=True,
     )
     return settled, _report(settled, (solution.num_sweeps, solution.num_steps), 0, ())
@@ -142,24 +142,24 @@ def _contradictions(state: HeadState, old: int) -> _Verdict:
     """
     columns, count = state.columns, state.num_positions
     new, past = slice(old, None), slice(None, old)
-    norms = columns.norm[new, None] * columns.norm[None, past]
+    norms = columns["norm"][new, None] * columns["norm"][None, past]
     same = (
         (state.gram[old:count, :old] >= state.config.same_key_cosine * np.sqrt(norms))
-        & (columns.argmax[new, None] == columns.argmax[None, past])
-        & columns.is_active[None, past]
-        & (columns.feedback[new, None] != columns.feedback[None, past])
+        & (columns["argmax"][new, None] == columns["argmax"][None, past])
+        & columns["is_active"][None, past]
+        & (columns["feedback"][new, None] != columns["feedback"][None, past])
     )
     if not same.any():
-        return _Verdict(columns.is_active, columns.is_repeat, ())
-    agrees = columns.target[new, None] == columns.target[None, past]
-    is_active, is_repeat = columns.is_active.copy(), columns.is_repeat.copy()
+        return _Verdict(columns["is_active"], columns["is_repeat"], ())
+    agrees = columns["target"][new, None] == columns["target"][None, past]
+    is_active, is_repeat = columns["is_active"].copy(), columns["is_repeat"].copy()
     is_repeat[new] = (same & agrees).any(1)
     against = same & ~agrees
-    is_left_standing = ~columns.is_edit[new] & _corrects(state, old)
+    is_left_standing = ~columns["is_edit"][new] & _corrects(state, old)
     is_active[new] = ~(is_left_standing & against.any(1))
     replaced = against[~is_left_standing].any(0)
     is_active[past] &= ~replaced
-    feedbacks = np.unique(columns.feedback[past][replaced])
+    feedbacks = np.unique(columns["feedback"][past][replaced])
     return _Verdict(is_active, is_repeat, tuple(state.feedback_ids[i] for i in feedbacks))
 
 
@@ -169,12 +169,12 @@ def _corrects(state: HeadState, old: int) -> bool:
     A feedback without any edit is a confirmation: somebody vouched for the whole answer.
     """
     columns = state.columns
-    return bool(columns.is_edit[columns.feedback == columns.feedback[old]].any())
+    return bool(columns["is_edit"][columns["feedback"] == columns["feedback"][old]].any())
 
 
 def _choose_forms(
     state: HeadState, old: int, verdict: _Verdict
-) -> tuple[Columns, np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Choose each target's form anew. Returns the columns, where to start, and who steps first [N].
 
     Who changed form starts from zero; the solver itself drops whoever is no longer active.
@@ -182,59 +182,51 @@ def _choose_forms(
     columns, config, count = state.columns, state.config, state.num_positions
     const = config.const_weight * state.metric.mean_norm
     logits = state.base.logits[:count]
-    is_member = verdict.is_active & columns.is_edit & (columns.argmax != columns.target)
+    is_member = verdict.is_active & columns["is_edit"] & (columns["argmax"] != columns["target"])
     evidence = Evidence(
-        gram=state.gram[:count, :count], argmax=columns.argmax, target=columns.target,
-        feedback=columns.feedback, is_active=verdict.is_active, is_member=is_member,
+        gram=state.gram[:count, :count], argmax=columns["argmax"], target=columns["target"],
+        feedback=columns["feedback"], is_active=verdict.is_active, is_member=is_member,
         is_repeat=verdict.is_repeat,
     )  # fmt: skip
-    is_intact = not columns.strength[:old][~verdict.is_active[:old]].any()
-    known = columns.strength[: old if is_intact else 0]
+    is_intact = not columns["strength"][:old][~verdict.is_active[:old]].any()
+    known = columns["strength"][: old if is_intact else 0]
     unknown = np.arange(len(known), count)
-    own = logits[unknown, columns.row[unknown]].astype(np.float64)
+    own = logits[unknown, columns["row"][unknown]].astype(np.float64)
     needed = logit(config.target_probability) - own + np.log1p(-np.exp(np.minimum(own, -1e-6)))
     strength = extend_strength(known, evidence, needed, const)
-    taught = conventions(evidence, strength, logits, columns.argmax_logit, columns.row, const)
-    is_convention = is_member & (columns.target[:, None] == taught[None, :]).any(1)
-    is_first = is_convention != columns.is_convention
+    taught = conventions(evidence, strength, logits, columns["argmax_logit"], columns["row"], const)
+    is_convention = is_member & (columns["target"][:, None] == taught[None, :]).any(1)
+    is_first = is_convention != columns["is_convention"]
     coefficients = state.coefficients
     if is_first.any():
         coefficients = coefficients.copy()
         coefficients[:count][is_first] = 0.0
     is_first[old:] = True
-    chosen = replace(
-        columns, is_active=verdict.is_active, is_repeat=verdict.is_repeat,
-        strength=strength, is_convention=is_convention,
-    )  # fmt: skip
-    return chosen, coefficients, is_first & columns.is_edit
-
-
-def _padded(column: np.ndarray, state: HeadState) -> np.ndarray:
-    """A column as long as the solver's bucket."""
-    padded = np.zeros(state.gram.shape[0], column.dtype)
-    padded[: len(column)] = column
-    return padded
+    chosen = columns.copy()
+    chosen["is_active"], chosen["is_repeat"] = verdict.is_active, verdict.is_repeat
+    chosen["strength"], chosen["is_convention"] = strength, is_convention
+    return chosen, coefficients, is_first & columns["is_edit"]
 
 
 def _solution(
-    state: HeadState, columns: Columns, warm: np.ndarray, is_first: np.ndarray, max_sweeps: int
+    state: HeadState, columns: np.ndarray, warm: np.ndarray, is_first: np.ndarray, max_sweeps: int
 ) -> Solution:
     """Run the compiled program."""
     config, scale = state.config, state.metric.mean_norm
-    weights = [config.token_weight * scale, config.const_weight * scale,
-               config.max_step, config.max_shift]  # fmt: skip
+    weights = (config.token_weight * scale, config.const_weight * scale,
+               config.max_step, config.max_shift)  # fmt: skip
     problem = Problem(
         gram=state.gram,
         logits=state.base.logits,
-        rest=_padded(state.base.rest, state),
-        need=_padded(columns.need, state),
-        argmax=_padded(columns.argmax, state),
-        target=_padded(columns.row, state),
-        is_convention=_padded(columns.is_convention, state),
-        is_active=_padded(columns.is_active, state),
-        is_first=_padded(is_first, state),
-        num_rows=np.asarray(state.base.num_rows, np.int32),
-        weights=np.array(weights, np.float32),
+        num_rows=state.base.num_rows,
+        rest=state.base.rest,
+        need=columns["need"],
+        argmax=columns["argmax"],
+        target=columns["row"],
+        is_convention=columns["is_convention"],
+        is_active=columns["is_active"],
+        is_first=is_first,
+        weights=weights,
     )
     return solve(problem, warm, max_sweeps=max_sweeps)
 
@@ -243,15 +235,17 @@ def _report(
     state: HeadState, effort: tuple[int, int], num_dropped: int, conflicts: tuple[str, ...]
 ) -> SolveReport:
     columns = state.columns
-    is_edit = columns.is_active & columns.is_edit
-    fails = columns.is_active & (state.log_odds < columns.need)
+    is_edit = columns["is_active"] & columns["is_edit"]
+    fails = columns["is_active"] & (state.log_odds < columns["need"])
     return SolveReport(
         num_edits=int(is_edit.sum()),
-        num_constraints=int((columns.is_active & ~columns.is_edit).sum()),
-        num_conventions=int((columns.is_active & columns.is_convention).sum()),
+        num_constraints=int((columns["is_active"] & ~columns["is_edit"]).sum()),
+        num_conventions=int((columns["is_active"] & columns["is_convention"]).sum()),
         num_rows=state.base.num_rows,
         num_failing=int(fails.sum()),
-        failing=tuple(state.feedback_ids[i] for i in sorted(set(columns.feedback[fails].tolist()))),
+        failing=tuple(
+            state.feedback_ids[i] for i in sorted(set(columns["feedback"][fails].tolist()))
+        ),
         min_probability=probability(state.log_odds[is_edit].min(initial=np.inf)),
         num_sweeps=effort[0],
         num_steps=effort[1],

@@ -45,32 +45,44 @@ _EXCESS, _MAX_EXCESS = 0.5, 2.0  # of tau; nats
 _LEAST_STEP = 1e-3  # nats; a position at its bound moves less and no longer keeps a sweep going
 _FLOOR = -1e30  # finite stand-in for -inf
 
-AnyArray = Array | np.ndarray  # NumPy outside, traced inside
-
 
 class Problem(NamedTuple):
-    """What the solver reads. Entries past the counts may hold anything, even NaN."""
+    """What the solver reads. The matrices are padded to a bucket; past N, J they may hold anything,
+    even NaN."""
 
-    gram: Float[AnyArray, "N N"]  # h_i^T M h_j
-    logits: Float[AnyArray, "N J"]  # base, relative to the base log-sum-exp
-    rest: Float[AnyArray, " N"]  # log of the base mass outside the rows
-    need: Float[AnyArray, " N"]  # log-odds at which a position holds
-    argmax: Int[AnyArray, " N"]  # base argmax token
-    target: Int[AnyArray, " N"]  # row of the right token, in [0, J)
-    is_convention: Bool[AnyArray, " N"]
-    is_active: Bool[AnyArray, " N"]
-    is_first: Bool[AnyArray, " N"]  # stepped on before the sweeps
-    num_rows: Int[AnyArray, ""]
-    weights: Float[AnyArray, "4"]  # token feature, in-gate feature, max_step, max_shift
+    gram: Float[np.ndarray, "PN PN"]  # h_i^T M h_j
+    logits: Float[np.ndarray, "PN PJ"]  # base, relative to the base log-sum-exp
+    num_rows: int  # J
+    rest: Float[np.ndarray, " N"]  # log of the base mass outside the rows
+    need: Float[np.ndarray, " N"]  # log-odds at which a position holds
+    argmax: Int[np.ndarray, " N"]  # base argmax token
+    target: Int[np.ndarray, " N"]  # row of the right token, in [0, J)
+    is_convention: Bool[np.ndarray, " N"]
+    is_active: Bool[np.ndarray, " N"]
+    is_first: Bool[np.ndarray, " N"]  # stepped on before the sweeps
+    weights: tuple[float, float, float, float]  # token, in-gate feature; max_step, max_shift
 
 
 class Solution(NamedTuple):
-    """What the solver found. Zero past the counts and for positions never stepped on."""
+    """What the solver found. Coefficients are zero past N, J and where nobody stepped."""
 
-    coefficients: Float[np.ndarray, "N J"]
+    coefficients: Float[np.ndarray, "PN PJ"]
     log_odds: Float[np.ndarray, " N"]
     num_sweeps: int
     num_steps: int
+
+
+class _Traced(NamedTuple):
+    """A problem inside the program: padded, with inactive positions made harmless."""
+
+    kernel: Float[Array, "N N"]  # K_ij, zero unless both are active
+    rest: Float[Array, " N"]
+    need: Float[Array, " N"]
+    target: Int[Array, " N"]
+    is_convention: Bool[Array, " N"]
+    is_active: Bool[Array, " N"]
+    max_step: Float[Array, ""]
+    max_shift: Float[Array, ""]
 
 
 class _Rivals(NamedTuple):
@@ -87,17 +99,8 @@ class _State(NamedTuple):
     logits: Float[Array, "N J"]  # served
 
 
-def kernel(problem: Problem) -> Float[Array, "N N"]:
-    """K_ij: how strongly edit j acts at position i. The form is that of the edit."""
-    same = problem.argmax[:, None] == problem.argmax[None, :]
-    token = jnp.where(same, problem.weights[0], jnp.float32(0))
-    extra = jnp.where(problem.is_convention[None, :], problem.weights[1], token)
-    both = problem.is_active[:, None] & problem.is_active[None, :]
-    return jnp.where(both, problem.gram + extra, jnp.float32(0))
-
-
 def _log_odds(
-    logits: Float[Array, "N J"], rest: Float[AnyArray, " N"], target: Int[AnyArray, " N"]
+    logits: Float[Array, "N J"], rest: Float[Array, " N"], target: Int[Array, " N"]
 ) -> Float[Array, " N"]:
     is_target = jnp.arange(logits.shape[1])[None, :] == target[:, None]
     others = jnp.where(is_target, _FLOOR, logits)
@@ -132,38 +135,29 @@ def _tau(
 
 
 def _step(
-    problem: Problem,
-    kernel_NN: Float[Array, "N N"],
-    j: Int[Array, ""],
-    state: _State,
-    excess: float,
+    problem: _Traced, j: Int[Array, ""], state: _State, excess: float
 ) -> tuple[_State, Int[Array, ""]]:
     """Move position j to its need, if it does not hold. Returns whether it moved as well."""
-    target, need = problem.target[j], problem.need[j]
-    max_step, max_shift = problem.weights[2], problem.weights[3]
+    target, need, own = problem.target[j], problem.need[j], problem.kernel[j, j]
     rivals = _rivals(state.logits[j], problem.rest[j], target)
     total = rivals.mass.sum() + rivals.rest
     push = jnp.where(problem.is_convention[j], jnp.float32(0), -rivals.mass / total)
     direction = jnp.where(rivals.is_target, jnp.float32(1), push)
-    tau = _tau(rivals, direction, need + AIM_MARGIN, max_step)
+    tau = _tau(rivals, direction, need + AIM_MARGIN, problem.max_step)
     tau = tau + jnp.minimum(excess * tau, _MAX_EXCESS)
 
-    own = kernel_NN[j, j]
-    room = jnp.maximum(max_shift - state.coefficients[j, target] * own, jnp.float32(0))
+    reached = state.coefficients[j, target] * own
+    tau = jnp.minimum(tau, jnp.maximum(problem.max_shift - reached, jnp.float32(0)))
     holds = rivals.lead - jnp.log(total) >= need
-    tau = jnp.where(holds, jnp.float32(0), jnp.minimum(tau, room))
+    tau = jnp.where(holds, jnp.float32(0), tau)
     change = tau / own * direction  # no other row moves further than the target's
-    logits = state.logits + kernel_NN[:, j][:, None] * change[None, :]
+    logits = state.logits + problem.kernel[:, j][:, None] * change[None, :]
     has_moved = tau > jnp.float32(_LEAST_STEP)
     return _State(state.coefficients.at[j].add(change), logits), has_moved.astype(jnp.int32)
 
 
 def _pass(
-    problem: Problem,
-    kernel_NN: Float[Array, "N N"],
-    candidates: Bool[AnyArray, " N"],
-    state: _State,
-    excess: float,
+    problem: _Traced, candidates: Bool[Array, " N"], state: _State, excess: float
 ) -> tuple[_State, Int[Array, ""]]:
     """One step on each candidate that does not hold by then, in order; and how many moved."""
     order = jnp.argsort(~candidates, stable=True)
@@ -172,33 +166,50 @@ def _pass(
         k: Int[Array, ""], carry: tuple[_State, Int[Array, ""]]
     ) -> tuple[_State, Int[Array, ""]]:
         inner, count = carry
-        inner, moved = _step(problem, kernel_NN, order[k], inner, excess)
+        inner, moved = _step(problem, order[k], inner, excess)
         return inner, count + moved
 
     return jax.lax.fori_loop(0, candidates.sum(), body, (state, jnp.int32(0)))
 
 
+def _traced(
+    gram: Float[Array, "N N"],
+    numbers: Float[Array, "2 N"],
+    ids: Int[Array, "5 N"],
+    weights: Float[Array, "4"],
+) -> _Traced:
+    rest, need = numbers
+    argmax, target, is_convention, active = ids[0], ids[1], ids[2] > 0, ids[3] > 0
+    token = jnp.where(argmax[:, None] == argmax[None, :], weights[0], jnp.float32(0))
+    extra = jnp.where(is_convention[None, :], weights[1], token)  # the form is that of the edit
+    both = active[:, None] & active[None, :]
+    kernel = jnp.where(both, gram + extra, jnp.float32(0))
+    return _Traced(kernel, rest, need, target, is_convention, active, weights[2], weights[3])
+
+
 @jax.jit
 def _solve(
-    problem: Problem, warm: Float[AnyArray, "N J"], max_sweeps: Int[AnyArray, ""]
+    gram: Float[Array, "N N"],
+    base: Float[Array, "N J"],
+    warm: Float[Array, "N J"],
+    numbers: Float[Array, "2 N"],
+    ids: Int[Array, "5 N"],
+    limits: Int[Array, "2"],
+    weights: Float[Array, "4"],
 ) -> tuple[Array, Array, Array]:
-    active = problem.is_active
-    cell = active[:, None] & (jnp.arange(warm.shape[1])[None, :] < problem.num_rows)
-    problem = problem._replace(
-        rest=jnp.where(active, problem.rest, jnp.float32(0)),
-        need=jnp.where(active, problem.need, jnp.float32(0)),
-        target=jnp.where(active, problem.target, 0),
-    )
-    kernel_NN = kernel(problem)
+    problem = _traced(gram, numbers, ids, weights)
+    num_rows, max_sweeps = limits
+    active, is_row = problem.is_active, jnp.arange(warm.shape[1]) < num_rows
+    cell = active[:, None] & is_row[None, :]
     coefficients = jnp.where(cell, warm, jnp.float32(0))
-    logits = jnp.where(cell, problem.logits, _FLOOR) + kernel_NN @ coefficients
+    logits = jnp.where(cell, base, _FLOOR) + problem.kernel @ coefficients
     start = _State(coefficients, logits)
-    state, steps = _pass(problem, kernel_NN, active & problem.is_first, start, 0.0)
+    state, steps = _pass(problem, active & (ids[4] > 0), start, 0.0)
 
     def sweep(carry: tuple[_State, Array, Array, Array]) -> tuple[_State, Array, Array, Array]:
         inner, _, sweeps, total = carry
         fails = active & (_log_odds(inner.logits, problem.rest, problem.target) < problem.need)
-        inner, moved = _pass(problem, kernel_NN, fails, inner, _EXCESS)
+        inner, moved = _pass(problem, fails, inner, _EXCESS)
         return inner, moved, sweeps + (moved > 0).astype(jnp.int32), total + moved
 
     def unfinished(carry: tuple[_State, Array, Array, Array]) -> Array:
@@ -207,8 +218,7 @@ def _solve(
     carry = (state, jnp.int32(1), jnp.int32(0), steps)
     state, _, sweeps, steps = jax.lax.while_loop(unfinished, sweep, carry)
     log_odds = _log_odds(state.logits, problem.rest, problem.target)
-    effort = jnp.stack([sweeps, steps])
-    return state.coefficients, jnp.where(active, log_odds, jnp.float32(0)), effort
+    return state.coefficients, log_odds, jnp.stack([sweeps, steps])
 
 
 @functools.cache
@@ -226,16 +236,24 @@ def _hosts() -> tuple[object, ...]:
 
 
 def solve(problem: Problem, warm: np.ndarray, *, max_sweeps: int) -> Solution:
-    """Step on the `is_first` positions, then sweep over all, starting from `warm`.
+    """Step on the `is_first` positions, then sweep over all, starting from `warm` [PN, PJ].
 
-    Takes and returns NumPy arrays of bucket shapes. Ends when every active position holds, when
-    no step moves anything (each failing one is at its bound), or after `max_sweeps`.
+    Ends when every active position holds, when no step moves anything (each failing one is at its
+    bound), or after `max_sweeps`.
     """
+    count, padded = len(problem.need), len(problem.gram)
+    numbers, ids = np.zeros((2, padded), np.float32), np.zeros((5, padded), np.int32)
+    numbers[0, :count], numbers[1, :count] = problem.rest, problem.need
+    ids[0, :count], ids[1, :count] = problem.argmax, problem.target
+    ids[2, :count], ids[3, :count] = problem.is_convention, problem.is_active
+    ids[4, :count] = problem.is_first
+    limits = np.array([problem.num_rows, max_sweeps], np.int32)
+    weights = np.array(problem.weights, np.float32)
     hosts = _hosts()
     with jax.default_device(hosts[0]) if hosts else contextlib.nullcontext():
-        parts = _solve(problem, warm, np.asarray(max_sweeps, np.int32))
+        parts = _solve(problem.gram, problem.logits, warm, numbers, ids, limits, weights)
         coefficients, log_odds, effort = (np.asarray(part) for part in parts)
-    return Solution(coefficients, log_odds, int(effort[0]), int(effort[1]))
+    return Solution(coefficients, log_odds[:count], int(effort[0]), int(effort[1]))
 
 
 def bucket_of(num_positions: int, num_rows: int) -> tuple[int, int]:
@@ -258,13 +276,10 @@ def num_compiled() -> int:
 
 
 def _blank(bucket: tuple[int, int]) -> Problem:
-    num_positions = bucket[0]
-    per_position = np.zeros(num_positions, np.float32)
-    ids, flags = np.zeros(num_positions, np.int32), np.zeros(num_positions, np.bool_)
+    nobody, nothing = np.zeros(0, np.bool_), np.zeros(0, np.float32)
     return Problem(
-        gram=np.zeros((num_positions, num_positions), np.float32),
+        gram=np.zeros((bucket[0], bucket[0]), np.float32),
         logits=np.zeros(bucket, np.float32),
-        rest=per_position, need=per_position, argmax=ids, target=ids,
-        is_convention=flags, is_active=flags, is_first=flags,
-        num_rows=np.zeros((), np.int32), weights=np.ones(4, np.float32),
+        num_rows=0, rest=nothing, need=nothing, argmax=nobody, target=nobody,
+        is_convention=nobody, is_active=nobody, is_first=nobody, weights=(1.0, 1.0, 1.0, 1.0),
     )  # fmt: skip

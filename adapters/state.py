@@ -23,36 +23,24 @@ def probability(log_odds: float) -> float:
     return 1.0 / (1.0 + math.exp(-log_odds)) if log_odds > -700.0 else 0.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Columns:
-    """What is known of each of N positions besides its base logits. All [N]."""
-
-    target: np.ndarray  # int32 token id
-    row: np.ndarray  # int32, row number of the target
-    argmax: np.ndarray  # int32, base argmax token
-    argmax_logit: np.ndarray  # float32, relative to the base log-sum-exp
-    feedback: np.ndarray  # int32, index into feedback_ids
-    need: np.ndarray  # float32, log-odds at which the position holds
-    norm: np.ndarray  # float32, h^T M h
-    is_edit: np.ndarray  # bool
-    is_active: np.ndarray  # bool, false once replaced
-    is_repeat: np.ndarray  # bool, see forms.Evidence
-    is_convention: np.ndarray  # bool
-    strength: np.ndarray  # float64, see forms.Evidence
-
-    @classmethod
-    def empty(cls) -> "Columns":
-        """No positions."""
-        kinds = {"is_edit": bool, "is_active": bool, "is_repeat": bool, "is_convention": bool,
-                 "need": np.float32, "norm": np.float32, "argmax_logit": np.float32,
-                 "strength": np.float64}  # fmt: skip
-        return cls(**{n: np.zeros(0, kinds.get(n, np.int32)) for n in cls.__slots__})
-
-    def followed_by(self, other: "Columns") -> "Columns":
-        """Both, in this order."""
-        return Columns(**{
-            n: np.concatenate([getattr(self, n), getattr(other, n)]) for n in self.__slots__
-        })  # fmt: skip
+# What is known of a position besides its base logits.
+POSITION = np.dtype(
+    [
+        ("target", np.int32),  # token id
+        ("row", np.int32),  # row number of the target
+        ("argmax", np.int32),  # base argmax token
+        ("argmax_logit", np.float32),  # relative to the base log-sum-exp
+        ("feedback", np.int32),  # index into feedback_ids
+        ("need", np.float32),  # log-odds at which the position holds
+        ("norm", np.float32),  # h^T M h
+        ("is_edit", np.bool_),
+        ("is_active", np.bool_),  # false once replaced
+        ("is_repeat", np.bool_),  # see forms.Evidence
+        ("is_convention", np.bool_),
+        ("strength", np.float64),  # see forms.extend_strength
+    ],
+    align=True,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -64,7 +52,7 @@ class HeadState:
     base: BaseRows
     keys: Growing  # [N, D] float32, M h
     gram: np.ndarray  # [N', N'] float32, h_i^T M h_j; garbage past N
-    columns: Columns
+    columns: np.ndarray  # [N] of POSITION
     coefficients: np.ndarray  # [N', J'] float32, a_j; zero past N, J
     log_odds: np.ndarray  # [N] float32, served
     feedback_ids: tuple[str, ...] = ()
@@ -81,7 +69,7 @@ class HeadState:
             base=BaseRows.empty(dim),
             keys=Growing.empty(dim, np.float32),
             gram=np.zeros((0, 0), np.float32),
-            columns=Columns.empty(),
+            columns=np.zeros(0, POSITION),
             coefficients=np.zeros((0, 0), np.float32),
             log_odds=np.zeros(0, np.float32),
         )
@@ -94,7 +82,7 @@ class HeadState:
     @property
     def num_edits(self) -> int:
         """Active edits."""
-        return int((self.columns.is_active & self.columns.is_edit).sum())
+        return int((self.columns["is_active"] & self.columns["is_edit"]).sum())
 
     @property
     def probabilities(self) -> np.ndarray:
@@ -104,6 +92,6 @@ class HeadState:
     def features(self, argmax: np.ndarray) -> np.ndarray:
         """The kernel less h^T M h, from queries with this base argmax [Q] to all edits: [Q, N]."""
         columns, config, scale = self.columns, self.config, self.metric.mean_norm
-        token = config.token_weight * scale * (argmax[:, None] == columns.argmax[None, :])
+        token = config.token_weight * scale * (argmax[:, None] == columns["argmax"][None, :])
         const = config.const_weight * scale
-        return np.where(columns.is_convention, const, token).astype(np.float32)
+        return np.where(columns["is_convention"], const, token).astype(np.float32)

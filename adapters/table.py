@@ -105,9 +105,9 @@ def export(state: HeadState, limits: TableLimits | None = None) -> tuple[HeadTab
 def _factors(state: HeadState, coefficients: np.ndarray, rows: np.ndarray, rank: int) -> _Factors:
     """The first of the three factorisations that fits. `rows` numbers the coefficients' columns."""
     used = np.flatnonzero(coefficients.any(1))
-    is_convention = state.columns.is_convention[used]
+    is_convention = state.columns["is_convention"][used]
     merged, singles = used[is_convention], used[~is_convention]
-    targets, group = np.unique(state.columns.row[merged], return_inverse=True)
+    targets, group = np.unique(state.columns["row"][merged], return_inverse=True)
     if len(targets) + len(singles) <= rank:
         mix = np.zeros((len(merged), len(targets)), np.float32)
         mix[np.arange(len(merged)), group] = coefficients[merged].sum(1)  # at y, zero elsewhere
@@ -126,8 +126,8 @@ def _factors(state: HeadState, coefficients: np.ndarray, rows: np.ndarray, rank:
 def _leading_directions(state: HeadState, coefficients: np.ndarray, rank: int) -> np.ndarray:
     """Orthonormal directions of the rows [J, R] that carry most of the weighted shift."""
     columns = state.columns
-    is_edit = columns.is_active & columns.is_edit
-    is_constraint = columns.is_active & ~columns.is_edit
+    is_edit = columns["is_active"] & columns["is_edit"]
+    is_constraint = columns["is_active"] & ~columns["is_edit"]
     weight = is_edit / max(is_edit.sum(), 1) + is_constraint / max(is_constraint.sum(), 1)
     shifts = _shifts(state, coefficients).astype(np.float64) * np.sqrt(0.5 * weight)[:, None]
     if shifts.shape[0] < shifts.shape[1]:
@@ -140,14 +140,14 @@ def _leading_directions(state: HeadState, coefficients: np.ndarray, rank: int) -
 def _shifts(state: HeadState, coefficients: np.ndarray) -> np.ndarray:
     """The shift of each row at each of the pattern's positions [N, J]."""
     count = state.num_positions
-    kernel = state.gram[:count, :count] + state.features(state.columns.argmax)
+    kernel = state.gram[:count, :count] + state.features(state.columns["argmax"])
     return kernel @ coefficients
 
 
 def _tokens(state: HeadState, coefficients: np.ndarray, limit: int) -> tuple[np.ndarray, int]:
     """The base tokens that the table answers to, and how many were too weak to be kept."""
-    relabels = np.flatnonzero(coefficients.any(1) & ~state.columns.is_convention)
-    tokens, inverse = np.unique(state.columns.argmax[relabels], return_inverse=True)
+    relabels = np.flatnonzero(coefficients.any(1) & ~state.columns["is_convention"])
+    tokens, inverse = np.unique(state.columns["argmax"][relabels], return_inverse=True)
     if len(tokens) <= limit:
         return tokens, 0
     total = np.bincount(inverse, np.linalg.norm(coefficients[relabels], axis=1), len(tokens))
@@ -157,8 +157,8 @@ def _tokens(state: HeadState, coefficients: np.ndarray, limit: int) -> tuple[np.
 
 def _table(state: HeadState, factors: _Factors, rows: np.ndarray, tokens: np.ndarray) -> HeadTable:
     columns, config, scale = state.columns, state.config, state.metric.mean_norm
-    is_convention = columns.is_convention
-    answers_to = (columns.argmax[:, None] == tokens[None, :]) & ~is_convention[:, None]
+    is_convention = columns["is_convention"]
+    answers_to = (columns["argmax"][:, None] == tokens[None, :]) & ~is_convention[:, None]
     token_weight = np.float32(config.token_weight * scale)
     const_weight = np.float32(config.const_weight * scale)
     return HeadTable(
@@ -174,11 +174,11 @@ def _table(state: HeadState, factors: _Factors, rows: np.ndarray, tokens: np.nda
 def _replayed(state: HeadState, table: HeadTable, rows: np.ndarray) -> np.ndarray:
     """Log-odds of the pattern's positions [N] under the table."""
     columns = state.columns
-    reads = (columns.argmax[:, None] == table.token_ids[None, :]).astype(np.float32)
+    reads = (columns["argmax"][:, None] == table.token_ids[None, :]).astype(np.float32)
     reaction = state.base.hidden.rows @ table.keys.T + reads @ table.token_keys.T + table.const_keys
     logits = state.base.logits[: state.num_positions, : state.base.num_rows].astype(np.float64)
     logits[:, rows] += reaction @ table.values
-    return log_odds(logits, state.base.rest.astype(np.float64), columns.row)
+    return log_odds(logits, state.base.rest.astype(np.float64), columns["row"])
 
 
 def _report(
@@ -189,8 +189,8 @@ def _report(
     dropped: tuple[int, int],
 ) -> TableReport:
     columns, before = state.columns, state.log_odds
-    is_edit = columns.is_active & columns.is_edit
-    is_constraint = columns.is_active & ~columns.is_edit
+    is_edit = columns["is_active"] & columns["is_edit"]
+    is_constraint = columns["is_active"] & ~columns["is_edit"]
     return TableReport(
         form=form,
         rank=len(table.keys),
@@ -202,8 +202,8 @@ def _report(
         num_kept_before=int((before[is_edit] > 0).sum()),
         num_kept_after=int((after[is_edit] > 0).sum()),
         num_constraints=int(is_constraint.sum()),
-        num_holding_before=int((before >= columns.need)[is_constraint].sum()),
-        num_holding_after=int((after >= columns.need)[is_constraint].sum()),
+        num_holding_before=int((before >= columns["need"])[is_constraint].sum()),
+        num_holding_after=int((after >= columns["need"])[is_constraint].sum()),
         min_probability_before=probability(before[is_edit].min(initial=np.inf)),
         min_probability_after=probability(after[is_edit].min(initial=np.inf)),
     )

@@ -32,7 +32,11 @@ def reference_of(topic, state, batches):
     edits = [
         Edit(h, int(y), bool(c), float(1 / (1 + np.exp(-need))))
         for h, y, c, need in zip(
-            hidden, columns.target, columns.is_convention, columns.need.astype(float), strict=True
+            hidden,
+            columns["target"],
+            columns["is_convention"],
+            columns["need"].astype(float),
+            strict=True,
         )
     ]
     return Solver(topic.world.head, dense, topic.metric.mean_norm, edits, state.base.row_ids)
@@ -49,7 +53,7 @@ def served_probabilities(topic, state, batches):
 def largest_shift(state):
     """The most any coefficient moves a logit at its own position, in nats."""
     count = state.num_positions
-    return np.abs(state.coefficients[:count] * state.columns.norm[:, None]).max()
+    return np.abs(state.coefficients[:count] * state.columns["norm"][:, None]).max()
 
 
 def same(one, other):
@@ -59,8 +63,7 @@ def same(one, other):
         np.testing.assert_array_equal(getattr(left, name), getattr(right, name), err_msg=name)
     np.testing.assert_array_equal(one.log_odds, other.log_odds)
     np.testing.assert_array_equal(one.coefficients, other.coefficients)
-    for name in one.columns.__slots__:
-        np.testing.assert_array_equal(getattr(one.columns, name), getattr(other.columns, name))
+    np.testing.assert_array_equal(one.columns, other.columns)
 
 
 def test_one_relabel_equals_the_reference_step(topic):
@@ -234,7 +237,7 @@ def test_corrections_with_a_common_target_become_a_convention(topic):
     batches = topic.batches(states, np.full(6, target))
     first, report = topic.learned(batches[:1])
     assert report.num_conventions == 0
-    assert not first.columns.is_convention.any()
+    assert not first.columns["is_convention"].any()
     state, report = topic.learned(batches[1:], first)
     assert report.num_conventions == 6
     assert report.num_failing == 0
@@ -261,7 +264,7 @@ def test_a_confirmed_convention_must_stay_as_likely_as_it_was(topic):
     reference.values[:count, state.base.row_ids] = state.coefficients[:count, :num_rows]
     served = reference.probability(3)  # by the convention: the base would not say it
     assert 0.02 < served < 1.0
-    assert after.columns.need[3] == pytest.approx(logit(0.99 * served), abs=2e-2)
+    assert after.columns["need"][3] == pytest.approx(logit(0.99 * served), abs=2e-2)
 
 
 def test_a_confirmation_turns_a_convention_back_into_relabels(topic):
@@ -312,7 +315,7 @@ def test_a_contradiction_replaces_the_position_not_the_whole_feedback(topic):
     state, report = topic.learned([first, topic.batch("second", states[1:2], [other])])
     assert report.conflicts_with == ("first",)
     assert report.num_edits == 3
-    np.testing.assert_array_equal(state.columns.is_active, [True, False, True, True])
+    np.testing.assert_array_equal(state.columns["is_active"], [True, False, True, True])
     assert report.num_failing == 0
 
 
@@ -327,8 +330,8 @@ def test_a_replaced_correction_no_longer_speaks_for_a_convention(topic):
     assert report.num_conventions == 0
     # What is left of the evidence is that of the second correction alone.
     alone, _ = topic.learned(batches[1:])
-    assert state.columns.strength[0] == 0.0
-    assert state.columns.strength[1] == pytest.approx(alone.columns.strength[0], rel=1e-6)
+    assert state.columns["strength"][0] == 0.0
+    assert state.columns["strength"][1] == pytest.approx(alone.columns["strength"][0], rel=1e-6)
 
 
 def test_a_feedback_does_not_contradict_itself(topic):
@@ -349,7 +352,7 @@ def test_what_a_corrected_answer_left_standing_does_not_undo_an_edit(topic):
     stale = topic.batch("f1", states, [said[0], targets[1]], is_edit=[False, True])
     state, report = topic.learned([stale], edited)
     assert report.conflicts_with == ()
-    np.testing.assert_array_equal(state.columns.is_active, [True, False, True])
+    np.testing.assert_array_equal(state.columns["is_active"], [True, False, True])
     # Somebody who confirms that very answer means it.
     state, report = topic.learned([topic.batch("f2", states[:1], said[:1], is_edit=False)], edited)
     assert report.conflicts_with == ("f0",)

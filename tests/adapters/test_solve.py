@@ -16,25 +16,23 @@ def problem(count, num_rows, *, shape=(32, 64), seed=0, junk=np.nan):
     rng = np.random.default_rng(seed)
     states = rng.standard_normal((count, 16)) + rng.standard_normal(16)
 
-    def padded(array, kind: type = np.float32, fill=junk) -> np.ndarray:
-        sizes = (shape[0], shape[1])[: array.ndim] if array.shape[-1] != count else (shape[0],) * 2
-        full = np.full(sizes[: array.ndim], fill, kind)
+    def padded(array, sizes):
+        full = np.full(sizes, junk, np.float32)
         full[tuple(slice(length) for length in array.shape)] = array
         return full
 
-    flags = np.zeros(count, np.bool_)
     return Problem(
-        gram=padded(states @ states.T),
-        logits=padded(rng.standard_normal((count, num_rows)) * 3 - 4),
-        rest=padded(rng.standard_normal(count) - 1),
-        need=padded(np.full(count, NEED)),
-        argmax=padded(rng.integers(0, 5, count), np.int32, -7),
-        target=padded(rng.integers(0, num_rows, count), np.int32, 10**6),
-        is_convention=padded(flags, np.bool_, True),
-        is_active=padded(flags | True, np.bool_, False),
-        is_first=padded(flags, np.bool_, True),
-        num_rows=np.asarray(num_rows, np.int32),
-        weights=np.array([2.0, 10.0, 30.0, 60.0], np.float32),
+        gram=padded(states @ states.T, (shape[0], shape[0])),
+        logits=padded(rng.standard_normal((count, num_rows)) * 3 - 4, shape),
+        num_rows=num_rows,
+        rest=(rng.standard_normal(count) - 1).astype(np.float32),
+        need=np.full(count, NEED, np.float32),
+        argmax=rng.integers(0, 5, count).astype(np.int32),
+        target=rng.integers(0, num_rows, count).astype(np.int32),
+        is_convention=np.zeros(count, np.bool_),
+        is_active=np.ones(count, np.bool_),
+        is_first=np.zeros(count, np.bool_),
+        weights=(2.0, 10.0, 30.0, 60.0),
     )
 
 
@@ -84,9 +82,7 @@ def test_everything_holds_after_the_sweeps(num_conventions):
 @pytest.mark.parametrize("is_convention", [False, True])
 def test_one_step_lands_on_the_aim(is_convention):
     given = problem(1, 30, seed=4)
-    flags = np.array(given.is_convention)
-    flags[0] = is_convention
-    given = given._replace(is_convention=flags, is_first=np.ones(32, np.bool_))
+    given.is_convention[0], given.is_first[0] = is_convention, True
     solution = solve(given, zeros(), max_sweeps=0)
     probability = served_probability(given, solution.coefficients, 1, 30)
     assert logit(probability[0]) == pytest.approx(NEED + solver.AIM_MARGIN, abs=1e-3)
@@ -97,7 +93,7 @@ def test_one_step_lands_on_the_aim(is_convention):
 
 def test_only_first_positions_are_stepped_on_before_the_sweeps():
     given = problem(6, 20)
-    first = np.zeros(32, np.bool_)
+    first = np.zeros(len(given.need), np.bool_)
     first[3] = True
     solution = solve(given._replace(is_first=first), zeros(), max_sweeps=0)
     assert np.flatnonzero(solution.coefficients.any(1)).tolist() == [3]
@@ -109,7 +105,7 @@ def test_a_step_that_serves_a_twin_leaves_it_alone():
     given.argmax[1], given.target[1] = given.argmax[0], given.target[0]
     given.logits[1], given.rest[1] = given.logits[0], given.rest[0]
     given.need[1] += 0.5 * solver.AIM_MARGIN  # above it now, though not where a step would aim
-    first = np.zeros(32, np.bool_)
+    first = np.zeros(len(given.need), np.bool_)
     first[:2] = True
     solution = solve(given._replace(is_first=first), zeros(), max_sweeps=0)
     assert solution.num_steps == 1

@@ -23,10 +23,10 @@ def shifts_by_the_kernel(state, topic, hidden, argmax):
     shifts = np.zeros((len(hidden), topic.world.vocab))
     for j in range(state.num_positions):
         kernel = hidden @ state.keys.rows[j].astype(np.float64)
-        if columns.is_convention[j]:
+        if columns["is_convention"][j]:
             kernel = kernel + state.config.const_weight * scale
         else:
-            kernel = kernel + state.config.token_weight * scale * (argmax == columns.argmax[j])
+            kernel = kernel + state.config.token_weight * scale * (argmax == columns["argmax"][j])
         value = state.coefficients[j, : state.base.num_rows].astype(np.float64)
         shifts[:, state.base.row_ids] += kernel[:, None] * value[None, :]
     return shifts
@@ -40,7 +40,7 @@ def fresh(topic, state, count=20):
     """Unseen states: some of the gate with a known base answer, some generic."""
     hidden = np.concatenate([topic.facts(count)[0], topic.world.generic(count)])
     argmax = (hidden @ topic.world.head.T).argmax(1).astype(np.int32)
-    argmax[0] = state.columns.argmax[0]  # at least one token key answers
+    argmax[0] = state.columns["argmax"][0]  # at least one token key answers
     return hidden, argmax
 
 
@@ -54,7 +54,7 @@ def mixed(topic):
     batches += topic.batches(elsewhere, others, prefix="r")
     weak = HeadConfig(const_weight=0.05)  # a strong one would reach the other states
     state, _ = topic.learned(batches, HeadState.empty(topic.metric, weak))
-    assert 0 < state.columns.is_convention.sum() < state.num_positions
+    assert 0 < state.columns["is_convention"].sum() < state.num_positions
     return state
 
 
@@ -108,7 +108,8 @@ def test_forms_do_not_share_their_features(topic):
     answers = np.full(42, topic.labels[0])
     states = topic.states(topic.world.draw(42), answers)
     state, _ = topic.learned(topic.batches(states, topic.labels[3:5][np.arange(42) % 2]))
-    columns = replace(state.columns, is_convention=np.arange(42) % 5 == 0)
+    columns = state.columns.copy()
+    columns["is_convention"] = np.arange(42) % 5 == 0
     state = replace(state, columns=columns)
     num_rows = int(state.coefficients.any(0).sum())
     table, report = export(state, TableLimits(rank=num_rows))
@@ -158,7 +159,7 @@ def test_truncation_is_the_best_of_its_rank(topic, crowded, rank):
 
 def test_a_truncated_convention_keeps_its_in_gate_part(topic):
     state = mixed(topic)
-    assert state.columns.is_convention.any()
+    assert state.columns["is_convention"].any()
     hidden, argmax = fresh(topic, state)
     whole, _ = export(state)
     number = len(whole.keys)
