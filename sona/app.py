@@ -17,6 +17,7 @@ from engine.client import EngineClient
 from sona.auth import Authenticator
 from sona.config import SonaConfig
 from sona.datadir import DataDir
+from sona.errors import SonaError
 from sona.generic import load_or_embed
 from sona.http.app import build_app
 from sona.http.server import HttpServer
@@ -191,9 +192,8 @@ async def _start_parts(
     routing = Routing(generic)
     _publish_live(store, routing, warm.info.base_hash)
     parts = compose(config, warm, engine, journal, store, routing)
-    if config.learning.enabled:
-        parts.learning.loop.start()
-        stack.callback(parts.learning.loop.stop)
+    parts.learning.loop.start(learns=config.learning.enabled)
+    stack.callback(parts.learning.loop.stop)
     tasks = await stack.enter_async_context(asyncio.TaskGroup())
     purging = tasks.create_task(_purge(journal))
     stack.callback(purging.cancel)
@@ -214,7 +214,10 @@ def _publish_live(store: AdapterStore, routing: Routing, base_hash: str) -> None
 async def _purge(journal: Journal) -> None:
     """Forget requests past their retention."""
     while True:
-        await asyncio.wrap_future(journal.purge())
+        try:
+            await asyncio.wrap_future(journal.purge())
+        except SonaError:
+            log.exception("requests past their retention could not be deleted; trying again later")
         await asyncio.sleep(_PURGE_EVERY_S)
 
 

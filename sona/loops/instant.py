@@ -89,14 +89,17 @@ class InstantLoop:
         self.counts = InstantCounts()
         self.pause_reason = ""
 
-    def start(self) -> None:
-        """Take up what an earlier run left unlearned, then what comes."""
+    def start(self, *, learns: bool) -> None:
+        """Take up what an earlier run left unlearned, then what comes.
+
+        Without `learns` the thread only runs what others ask of it: rollbacks.
+        """
         after = 0
-        while page := self._journal.pending(after, _PENDING_PAGE):
+        while learns and (page := self._journal.pending(after, _PENDING_PAGE)):
             for record in page:
                 self._inbox.put(record)
             after = page[-1].seq
-        self._owing = dict.fromkeys(self._patterns.owing())
+        self._owing = dict.fromkeys(self._patterns.owing()) if learns else {}
         self._thread.start()
 
     def notify(self, record: FeedbackRecord) -> None:
