@@ -10,7 +10,7 @@ from adapters.align import align
 from engine.text import Tokenizer
 from sona.auth import Principal
 from sona.captures import CaptureRing
-from sona.checks import check_correction
+from sona.checks import Limits, check_correction
 from sona.errors import FeedbackNotFound, ForeignRequest, InvalidField, SonaError
 from sona.events import EventBus
 from sona.journal import (
@@ -44,6 +44,7 @@ class FeedbackService:
     events: EventBus
     loop: InstantLoop | None  # None: the server does not learn
     metrics: Metrics
+    limits: Limits
 
     async def submit(self, call: FeedbackCall, principal: Principal) -> FeedbackOutcome:
         """Store a feedback; returns after its commit. Raises what `sona.ports.Feedback` lists."""
@@ -98,13 +99,14 @@ class FeedbackService:
         self, call: FeedbackCall, principal: Principal
     ) -> tuple[FeedbackDraft, Positions | None]:
         """The draft, and what can be learned from the answer's own states."""
-        _, answer = self._request(call, principal)
+        request, answer = self._request(call, principal)
         positions = None
         capture = self.captures.get(principal.tenant, call.request_id)
         if isinstance(call.signal, Correction):
             check_correction(call.signal.text, answer.text)
+            corrected = corrected_ids(self.tokenizer, call.signal.text, answer.token_ids)
+            self._check_fits(request, corrected)
             if capture is not None:
-                corrected = corrected_ids(self.tokenizer, call.signal.text, answer.token_ids)
                 positions = captured_lesson(answer.token_ids, corrected, capture)
         elif is_learnable(call.signal) and capture is not None:
             positions = scored_lesson(answer.token_ids, capture, is_confirmation=True)
@@ -121,6 +123,17 @@ class FeedbackService:
         )
         return draft, positions
 
+    def _check_fits(self, request: RequestRecord, corrected: tuple[int, ...]) -> None:
+        """Refuse a correction that no pass over prompt and answer could hold."""
+        num_tokens = len(request.prompt_ids) + len(corrected)
+        if num_tokens > self.limits.max_model_len:
+            raise InvalidField(
+                "correction",
+                f"the prompt has {len(request.prompt_ids)} tokens and the correction "
+                f"{len(corrected)}; the context holds {self.limits.max_model_len} in all. Send a "
+                "shorter correction",
+            )
+
     def _preview(self, call: FeedbackCall, principal: Principal) -> Preview:
         request, answer = self._request(call, principal)
         pattern_id = None
@@ -133,6 +146,7 @@ class FeedbackService:
             return Preview(would_learn=would_learn, reason=_why(would_learn), pattern_id=pattern_id)
         check_correction(call.signal.text, answer.text)
         corrected = corrected_ids(self.tokenizer, call.signal.text, answer.token_ids)
+        self._check_fits(request, corrected)
         edit = self._edit(principal.tenant, call.request_id, answer, corrected)
         return Preview(would_learn=True, pattern_id=pattern_id, edits=(edit,))
 

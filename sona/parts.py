@@ -96,6 +96,7 @@ def compose(
         events=events,
         loop=loop if config.learning.enabled else None,
         metrics=metrics,
+        limits=limits,
     )
     learning = LearningService(
         store=store,

@@ -65,6 +65,7 @@ async def test_generate_refuses(ann, prompt, options, code, message):
         ({"score": -0.1}, CODE.INVALID_ARGUMENT, "-0.1"),
         ({"score": np.nan}, CODE.INVALID_ARGUMENT, "nan"),
         ({"correction": "x" * 2**20}, CODE.INVALID_ARGUMENT, "65536"),
+        ({"correction": "x" * 600}, CODE.INVALID_ARGUMENT, "the context holds 512"),
     ],
 )
 async def test_feedback_refuses(ann, signal, code, message):
