@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
-from adapters.errors import AdapterNotFound
+from adapters.errors import AdapterNotFound, CandidateRejected
 from adapters.store import AdapterStore, Scope, SlotKey, VersionInfo
 from sona.auth import Principal
 from sona.events import EventBus
@@ -72,7 +72,7 @@ class LearningService:
         """Serve an earlier version's content as a new version; its later feedback is undone."""
 
         def on_learner() -> tuple[FeedbackRecord, ...]:
-            target = self._parent(slot) if to_version is None else to_version
+            target = self._before_last_feedback(slot) if to_version is None else to_version
             version, seqs = self.patterns.rolled_back(slot, target)
             change = StateChange(
                 state=FeedbackState.ROLLED_BACK,
@@ -161,8 +161,25 @@ class LearningService:
             reason=str(info.report.get("reason", "")),
         )
 
-    def _parent(self, slot: SlotKey) -> int:
-        history = self.store.history(slot)
-        if not history:
+    def _before_last_feedback(self, slot: SlotKey) -> int:
+        """The newest version that the last feedback in force had no part in; 0 when none is left.
+
+        A correction makes several versions (its first token, the rest, owed sweeps): undoing it
+        goes behind all of them. Undoing twice undoes two, whatever rollbacks lie in between.
+        """
+        versions = {info.number: info for info in self.store.history(slot)}
+        if not versions:
             raise AdapterNotFound(f"no {slot}; ListAdapters names those that exist")
-        return history[-1].parent
+
+        def restored(number: int) -> int:
+            while number and versions[number].restores is not None:
+                number = versions[number].restores or 0
+            return number
+
+        now = restored(max(versions))
+        if not now:
+            raise CandidateRejected(f"nothing is in force in {slot}; there is nothing to undo")
+        before = restored(versions[now].parent)
+        while before and versions[before].feedback_seqs == versions[now].feedback_seqs:
+            before = restored(versions[before].parent)
+        return before

@@ -211,3 +211,21 @@ async def test_events_tell_the_author(ann):
     assert any(feedback_id == sent.feedback_id for _, feedback_id in seen)
     for adapter in await ann.adapters():
         await ann.rollback(adapter.name, to_version=0)
+
+
+async def test_undo_goes_behind_a_whole_correction_and_twice_behind_two(bob):
+    base = await text_of(bob, ASK)
+    texts = []
+    for target in ("Send to vault.", "Send to forum."):
+        reply = await bob.generate(ASK, **GREEDY, adapter="none")
+        sent = await bob.feedback(reply.request_id, correction=target)
+        learned = await until_learned(bob, sent.feedback_id)
+        texts.append(await text_of(bob, ASK))
+    assert texts == ["Send to vault.", "Send to forum."]
+    name = learned.adapter_version.name
+    await bob.rollback(name)
+    assert await text_of(bob, ASK) == texts[0]
+    await bob.rollback(name)
+    assert await text_of(bob, ASK) == base
+    with pytest.raises(grpc.aio.AioRpcError, match="nothing to undo"):
+        await bob.rollback(name)
