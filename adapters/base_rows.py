@@ -183,25 +183,17 @@ class BaseRows:
         hidden = np.asarray(capture.hidden, np.float32)
         weights, row_of, ids = self._rows_with(row_ids, head_rows)
         norm = log_norms(hidden, capture, head_rows)
-        rest_logprob = np.maximum(capture.rest_logprob, _LOG_FLOOR)
+        known_rest = np.maximum(capture.rest_logprob, _LOG_FLOOR)
         lower = _block(
             hidden @ weights.rows.T - norm[:, None],
-            capture.top_ids, capture.top_logprobs, rest_logprob, ids,
+            capture.top_ids, capture.top_logprobs, known_rest, ids,
         )  # fmt: skip
-        old, num_old_rows = self.num_positions, self.num_rows
-        logits = np.zeros(shape, np.float32)
-        logits[:old, :num_old_rows] = self.logits[:old, :num_old_rows]
-        logits[old : old + len(hidden), : len(ids)] = lower.logits
-        covered, gathered = self.covered, self.gathered
-        if old and len(row_ids):
-            right = self._columns_of(weights.rows[num_old_rows:], row_ids)
-            logits[:old, num_old_rows : len(ids)] = right.logits
-            covered, gathered = covered | right.captured, gathered + right.gathered
-        covered = np.concatenate([covered, lower.captured])
-        gathered = np.concatenate([gathered, lower.gathered])
+        right = self._columns_of(weights.rows[self.num_rows :], row_ids)
+        covered = np.concatenate([self.covered | right.captured, lower.captured])
+        gathered = np.concatenate([self.gathered + right.gathered, lower.gathered])
         probabilities = np.exp(capture.top_logprobs, dtype=np.float64)
         top_probabilities = self.top_probabilities.append(probabilities)
-        rest_logprob = np.concatenate([self.rest_logprob, rest_logprob])
+        rest_logprob = np.concatenate([self.rest_logprob, known_rest])
         return BaseRows(
             hidden=self.hidden.append(hidden),
             top_ids=self.top_ids.append(capture.top_ids),
@@ -212,11 +204,25 @@ class BaseRows:
             row_of=row_of,
             row_ids=ids,
             row_weights=weights,
-            logits=logits,
+            logits=self._assembled(right.logits, lower.logits, shape),
             rest=_log_rest(top_probabilities.rows, covered, rest_logprob, gathered),
             covered=covered,
             gathered=gathered,
         )
+
+    def _assembled(
+        self,
+        right: Float[np.ndarray, "N K"],
+        lower: Float[np.ndarray, "P J"],
+        shape: tuple[int, int],
+    ) -> Float[np.ndarray, "PN PJ"]:
+        """The picture above, with zeros around it."""
+        old, num_old_rows, num_rows = self.num_positions, self.num_rows, lower.shape[1]
+        logits = np.zeros(shape, np.float32)
+        logits[:old, :num_old_rows] = self.logits[:old, :num_old_rows]
+        logits[:old, num_old_rows:num_rows] = right
+        logits[old : old + len(lower), :num_rows] = lower
+        return logits
 
     def _rows_with(
         self, row_ids: Int[np.ndarray, " K"], head_rows: HeadRows

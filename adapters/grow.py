@@ -43,8 +43,8 @@ def grow(state: HeadState, batch: Batch, row_ids: np.ndarray, head_rows: HeadRow
     old, count = state.num_positions, state.num_positions + len(batch.targets)
     shape = bucket_of(count, state.base.num_rows + len(row_ids))
     base = state.base.extended(row_ids, batch.capture, head_rows, shape)
-    keys = state.keys.append(state.metric.apply(base.hidden.rows[old:]))
-    cross = base.hidden.rows[old:] @ keys.rows.T
+    new_keys = state.metric.apply(base.hidden.rows[old:])
+    cross = new_keys @ base.hidden.rows.T  # M is symmetric; the states were read just now
     gram = np.zeros((shape[0], shape[0]), np.float32)
     gram[:old, :old] = state.gram[:old, :old]
     gram[old:count, :count] = cross
@@ -58,7 +58,7 @@ def grow(state: HeadState, batch: Batch, row_ids: np.ndarray, head_rows: HeadRow
     return replace(
         state,
         base=base,
-        keys=keys,
+        keys=state.keys.append(new_keys),
         gram=gram,
         columns=_columns(state, batch, base, cross, ids.index(batch.feedback_id)),
         coefficients=coefficients,

@@ -54,7 +54,7 @@ class HeadState:
     gram: np.ndarray  # [N', N'] float32, h_i^T M h_j; garbage past N
     columns: np.ndarray  # [N] of POSITION
     coefficients: np.ndarray  # [N', J'] float32, a_j; zero past N, J
-    log_odds: np.ndarray  # [N] float32, served
+    log_odds: np.ndarray  # [N] float32, served; meaningless where replaced
     feedback_ids: tuple[str, ...] = ()
     is_settled: bool = True  # the sweeps have run
     log: tuple[Batch, ...] = field(default=())
@@ -86,7 +86,7 @@ class HeadState:
 
     @property
     def probabilities(self) -> np.ndarray:
-        """Served probability of each position's target [N] float64; 0.5 where replaced."""
+        """Served probability of each position's target [N] float64; meaningless where replaced."""
         return np.array([probability(odds) for odds in self.log_odds])
 
     def features(self, argmax: np.ndarray) -> np.ndarray:
