@@ -11,7 +11,7 @@ from engine import sampling
 from engine.api import EngineStats, Job, SamplingParams, ScoreResult, Update
 from engine.config import EnginePlan
 from engine.errors import DuplicateJob, EngineStopped, InvalidJob, QueueFull
-from engine.loop import EngineLoop, Result
+from engine.loop import EngineLoop, News, Result
 from engine.model import LoadedModel
 from engine.runner import Progress, Runner
 from engine.scheduler import Scheduler
@@ -23,14 +23,16 @@ class EngineClient:
     """Implements `engine.api.Generator`. Create it where its event loop runs.
 
     The per-job queues are unbounded in type but not in size: a job has at most max_tokens updates,
-    and at most max_num_seqs + max_waiting jobs are accepted.
+    and at most max_num_seqs + max_waiting jobs of users are accepted. Teacher-forced passes come
+    from the learner alone, which bounds them; they take no user's place.
     """
 
     def __init__(
         self, model: LoadedModel, tokenizer: Tokenizer, plan: EnginePlan, runner: Runner
     ) -> None:
         self.plan, self._vocab_size = plan, model.config.vocab_size
-        self._streams: dict[str, asyncio.Queue[Result]] = {}
+        self._streams: dict[Sequence, asyncio.Queue[Result]] = {}
+        self._by_id: dict[str, Sequence] = {}  # users' jobs under way
         self._aio = asyncio.get_running_loop()
         scheduler = Scheduler(plan)
         self._loop = EngineLoop(runner, scheduler, tokenizer, plan, self._deliver)
@@ -64,9 +66,7 @@ class EngineClient:
                 ended = update.final is not None
                 yield update
         finally:
-            self._streams.pop(job.request_id, None)
-            if not ended:
-                self._loop.cancel(job.request_id)
+            self._forget(sequence, ended=ended)
 
     async def embed(self, request_id: str, prompt_ids: tuple[int, ...]) -> np.ndarray:
         """Mean final hidden state [D] float32 of the prompt. Raises as `generate`."""
@@ -94,9 +94,10 @@ class EngineClient:
 
     def abort(self, request_id: str) -> bool:
         """End a job as CANCELLED. False when there is none."""
-        if request_id not in self._streams:
+        sequence = self._by_id.get(request_id)
+        if sequence is None:
             return False
-        self._loop.cancel(request_id)
+        self._loop.cancel(sequence)
         return True
 
     def stats(self) -> EngineStats:
@@ -125,36 +126,48 @@ class EngineClient:
             result = await stream.get()
             ended = True
         finally:
-            self._streams.pop(request_id, None)
-            if not ended:
-                self._loop.cancel(request_id)
+            self._forget(sequence, ended=ended)
         if isinstance(result, Exception):
             raise result
         return result
 
     def _submit(self, sequence: Sequence) -> asyncio.Queue[Result]:
-        if self._loop.is_stopped:
+        if sequence.kind is not Kind.SCORE:
+            self._admit(sequence)
+        stream: asyncio.Queue[Result] = asyncio.Queue()
+        self._streams[sequence] = stream
+        self._loop.submit(sequence)
+        if self._loop.is_stopped:  # asked last: a job handed over before the end is answered
+            self._forget(sequence, ended=True)
             raise EngineStopped("the engine has stopped; restart the server")
-        if sequence.request_id in self._streams:
+        return stream
+
+    def _admit(self, sequence: Sequence) -> None:
+        if sequence.request_id in self._by_id:
             raise DuplicateJob(
                 f"request_id {sequence.request_id} is already running; choose another"
             )
         limit = self.plan.max_num_seqs + self.plan.max_waiting
-        if len(self._streams) >= limit:
+        if len(self._by_id) >= limit:
             raise QueueFull(f"{limit} requests are running or waiting; retry later")
-        stream: asyncio.Queue[Result] = asyncio.Queue()
-        self._streams[sequence.request_id] = stream
-        self._loop.submit(sequence)
-        return stream
+        self._by_id[sequence.request_id] = sequence
 
-    def _deliver(self, news: list[tuple[str, Result]]) -> None:
+    def _forget(self, sequence: Sequence, *, ended: bool) -> None:
+        """The caller has gone; the id may be used again at once."""
+        self._streams.pop(sequence, None)
+        if sequence.kind is not Kind.SCORE:
+            self._by_id.pop(sequence.request_id, None)
+        if not ended:
+            self._loop.cancel(sequence)
+
+    def _deliver(self, news: News) -> None:
         """Called on the engine thread, once per turn."""
         if not self._aio.is_closed():
             self._aio.call_soon_threadsafe(self._dispatch, news)
 
-    def _dispatch(self, news: list[tuple[str, Result]]) -> None:
-        for request_id, result in news:
-            stream = self._streams.get(request_id)
+    def _dispatch(self, news: News) -> None:
+        for sequence, result in news:
+            stream = self._streams.get(sequence)
             if stream is not None:
                 stream.put_nowait(result)
 

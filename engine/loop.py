@@ -25,13 +25,14 @@ from engine.text import Tokenizer
 log = logging.getLogger(__name__)
 
 Result = Update | ScoreResult | np.ndarray | EngineError
-Deliver = Callable[[list[tuple[str, Result]]], None]
+News = list[tuple[Sequence, Result]]
+Deliver = Callable[[News], None]
 _IDLE_WAIT_S = 1.0  # between looks at the stop flag when nothing arrives
 
 
 @dataclass(frozen=True, slots=True)
 class _Cancel:
-    request_id: str
+    sequence: Sequence
 
 
 class EngineLoop:
@@ -48,9 +49,8 @@ class EngineLoop:
         self._runner, self._scheduler, self._tokenizer = runner, scheduler, tokenizer
         self._plan, self._deliver = plan, deliver
         self._inbox: queue.Queue[Sequence | _Cancel | None] = queue.Queue()
-        self._answers: dict[str, Answer] = {}
-        self._live: dict[str, Sequence] = {}
-        self._news: list[tuple[str, Result]] = []
+        self._live: dict[Sequence, Answer | None] = {}  # an answer where one is generated
+        self._news: News = []
         self._num_prompt_tokens = self._num_generated_tokens = self._num_steps = 0
         self._busy_s = self._learning_s = 0.0
         self._learning_credit_s = 0.0
@@ -70,9 +70,9 @@ class EngineLoop:
         """Hand a job over. The caller bounds how many are under way."""
         self._inbox.put(sequence)
 
-    def cancel(self, request_id: str) -> None:
-        """End a job; its pages are free before the next step. Unknown ids are ignored."""
-        self._inbox.put(_Cancel(request_id))
+    def cancel(self, sequence: Sequence) -> None:
+        """End a job; its pages are free before the next step. One that has ended is ignored."""
+        self._inbox.put(_Cancel(sequence))
 
     def stats(self) -> EngineStats:
         """Counters as of the last turn."""
@@ -100,9 +100,10 @@ class EngineLoop:
         except Exception:
             log.exception("the engine thread failed; nothing more will be served")
         finally:
-            self.is_stopped = True
+            self.is_stopped = True  # what is submitted from now on is refused by the caller
             error = EngineStopped("the engine has stopped; restart the server")
-            self._news += [(request_id, error) for request_id in self._live]
+            late = [item for item in _drained(self._inbox) if isinstance(item, Sequence)]
+            self._news += [(sequence, error) for sequence in (*self._live, *late)]
             self._hand_out()
 
     def _take_inbox(self) -> bool:
@@ -119,19 +120,33 @@ class EngineLoop:
                 return False
             idle = False
             if isinstance(item, _Cancel):
-                self._cancel(item.request_id)
-                continue
-            self._live[item.request_id] = item
-            if item.kind is Kind.GENERATE:
-                answer = Answer(item, self._tokenizer, max_len=self._plan.max_len)
-                self._answers[item.request_id] = answer
-            self._scheduler.add(item)
+                self._guarded(item.sequence, self._cancel)
+            else:
+                self._guarded(item, self._begin)
+
+    def _begin(self, sequence: Sequence) -> None:
+        self._live[sequence] = None
+        if sequence.kind is Kind.GENERATE:
+            self._live[sequence] = Answer(sequence, self._tokenizer, max_len=self._plan.max_len)
+        self._scheduler.add(sequence)
+
+    def _guarded(self, sequence: Sequence, step: Callable[[Sequence], None]) -> None:
+        """What goes wrong with one sequence ends that one, and no other."""
+        try:
+            step(sequence)
+        except EngineError as error:
+            self._end(sequence, error)
+        except Exception as error:
+            log.exception("request %s failed inside the engine", sequence.request_id)
+            self._end(sequence, EngineError(f"request {sequence.request_id} failed: {error}"))
 
     def _turn(self) -> None:
         started = time.perf_counter()
         self._unpark()
         users_wait = self._scheduler.has_user_work
         work = self._scheduler.next(may_learn=self._learning_credit_s > 0)
+        for sequence in self._scheduler.take_preempted():
+            self._release_slot(sequence)  # or two waiters could hold what the other needs
         if work is None:
             return
         is_learning = isinstance(work, Chunk) and work.sequence.kind is Kind.SCORE
@@ -158,13 +173,13 @@ class EngineLoop:
         hidden, total = self._runner.prefill(sequence, chunk.start, chunk.length)
         sequence.num_computed += chunk.length
         if sequence.kind is Kind.SCORE:
-            self._score(chunk, hidden)
+            self._guarded(sequence, lambda _: self._score(chunk, hidden))
             return
         if sequence.prompt_vector is None:
             sequence.add_vector(total)
             self._num_prompt_tokens += chunk.length
         if chunk.is_last:
-            self._prefilled(sequence, hidden[-1])
+            self._guarded(sequence, lambda _: self._prefilled(sequence, hidden[-1]))
 
     def _prefilled(self, sequence: Sequence, hidden: np.ndarray) -> None:
         """The prompt is computed: choose the head once, then sample the first token."""
@@ -176,24 +191,27 @@ class EngineLoop:
             sequence.head = choose(sequence.prompt_vector) if choose is not None else None
         if sequence.kind is Kind.EMBED:
             self._end(sequence, sequence.prompt_vector)
-        elif not sequence.num_generated:  # else it was preempted and goes on where it was
+            return
+        if not sequence.num_generated:  # else it was preempted and goes on where it was
             sequence.parked_hidden = hidden
-            self._first_token(sequence)
+        self._go_on(sequence)
 
-    def _first_token(self, sequence: Sequence) -> None:
-        """Sample from the parked state, as soon as the head's slot is resident."""
-        if sequence.head is not None and not sequence.slot:
+    def _go_on(self, sequence: Sequence) -> None:
+        """As soon as the head's slot is resident: sample the first token from the parked state."""
+        if sequence.lacks_slot:
+            assert sequence.head is not None
             slot = self._runner.slots.acquire(sequence.head)
             if slot is None:
                 return
             sequence.slot = slot
-        hidden, sequence.parked_hidden = sequence.parked_hidden, None
-        assert hidden is not None
-        self._accept(sequence, self._runner.sample_one(sequence, hidden), 0)
+        if sequence.parked_hidden is not None:
+            hidden, sequence.parked_hidden = sequence.parked_hidden, None
+            self._accept(sequence, self._runner.sample_one(sequence, hidden), 0)
 
     def _unpark(self) -> None:
-        for sequence in [s for s in self._scheduler.running if s.parked_hidden is not None]:
-            self._first_token(sequence)
+        parked = [s for s in self._scheduler.running if s.is_prefilled and s.lacks_slot]
+        for sequence in parked:
+            self._guarded(sequence, self._go_on)
 
     def _decode(self, sequences: list[Sequence]) -> None:
         for sequence in sequences:
@@ -203,16 +221,13 @@ class EngineLoop:
             was_replay = sequence.is_replaying
             sequence.num_computed += 1
             if not was_replay:
-                self._accept(sequence, sampled, row)
+                self._guarded(sequence, lambda s, row=row: self._accept(s, sampled, row))
 
     def _accept(self, sequence: Sequence, sampled: Sampled, row: int) -> None:
-        answer = self._answers[sequence.request_id]
+        answer = self._live[sequence]
+        assert answer is not None
         if not np.isfinite(sampled.logprob[row]):
-            self._end(
-                sequence,
-                EngineError("the model produced logits that are not finite; check the weights"),
-            )
-            return
+            raise EngineError("the model produced logits that are not finite; check the weights")
         self._num_generated_tokens += 1
         reason = answer.accept(sampled, row)
         if reason is not None:
@@ -220,7 +235,7 @@ class EngineLoop:
             return
         update = answer.news()
         if update is not None:
-            self._news.append((sequence.request_id, update))
+            self._news.append((sequence, update))
 
     def _score(self, chunk: Chunk, hidden: np.ndarray) -> None:
         """Keep the states that predict the continuation; end the pass with its last chunk."""
@@ -240,26 +255,36 @@ class EngineLoop:
             vector = (sequence.vector_sum / num_prompt).astype(np.float32)
             self._end(sequence, ScoreResult(capture=capture, prompt_vector=vector))
 
-    def _cancel(self, request_id: str) -> None:
-        sequence = self._live.get(request_id)
-        if sequence is None:
+    def _cancel(self, sequence: Sequence) -> None:
+        if sequence not in self._live:
             return
-        answer = self._answers.get(request_id)
+        answer = self._live[sequence]
         if answer is not None:
             self._end(sequence, answer.finish(FinishReason.CANCELLED))
         else:
-            self._end(sequence, EngineError(f"request {request_id} was cancelled"))
+            self._end(sequence, EngineError(f"request {sequence.request_id} was cancelled"))
 
     def _end(self, sequence: Sequence, result: Result) -> None:
         self._scheduler.remove(sequence)
+        self._release_slot(sequence)
+        self._live.pop(sequence, None)
+        self._news.append((sequence, result))
+
+    def _release_slot(self, sequence: Sequence) -> None:
         if sequence.slot and sequence.head is not None:
             self._runner.slots.release(sequence.head)
             sequence.slot = 0
-        self._live.pop(sequence.request_id, None)
-        self._answers.pop(sequence.request_id, None)
-        self._news.append((sequence.request_id, result))
 
     def _hand_out(self) -> None:
         if self._news:
             news, self._news = self._news, []
             self._deliver(news)
+
+
+def _drained(inbox: "queue.Queue[Sequence | _Cancel | None]") -> "list[Sequence | _Cancel | None]":
+    items = []
+    while True:
+        try:
+            items.append(inbox.get_nowait())
+        except queue.Empty:
+            return items

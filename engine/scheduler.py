@@ -43,6 +43,7 @@ class Scheduler:
         self.scoring: deque[Sequence] = deque()
         self._rows = list(range(plan.max_num_seqs - 1, -1, -1))
         self._decoded_last = True
+        self._preempted: list[Sequence] = []
         self.num_preemptions = 0
 
     @property
@@ -60,6 +61,11 @@ class Scheduler:
         for queue in (self.waiting, self.running, self.scoring):
             if sequence in queue:
                 queue.remove(sequence)
+
+    def take_preempted(self) -> list[Sequence]:
+        """Sequences that lost their pages since the last call; what else they hold must go too."""
+        taken, self._preempted = self._preempted, []
+        return taken
 
     def next(self, *, may_learn: bool) -> Chunk | Decode | None:
         """The next piece of work, with its pages reserved; None when there is nothing to do."""
@@ -121,6 +127,7 @@ class Scheduler:
         self._give_back(sequence)
         self.running.remove(sequence)
         self.waiting.appendleft(sequence)
+        self._preempted.append(sequence)
         self.num_preemptions += 1
 
     def _take_pages(self, sequence: Sequence, num_tokens: int, *, may_evict: bool) -> bool:

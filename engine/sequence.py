@@ -87,7 +87,13 @@ class Sequence:
     @property
     def is_decoding(self) -> bool:
         """Whether it belongs in the next decode step."""
-        return self.is_prefilled and self.num_generated > 0 and self.kind is Kind.GENERATE
+        is_generating = self.kind is Kind.GENERATE and self.num_generated > 0
+        return is_generating and self.is_prefilled and not self.lacks_slot
+
+    @property
+    def lacks_slot(self) -> bool:
+        """Whether its head edits wait for a slot on the device."""
+        return self.head is not None and not self.slot
 
     @property
     def is_replaying(self) -> bool:

@@ -44,10 +44,14 @@ class HeadSlots:
         return self._write._cache_size()  # pyright: ignore
 
     def acquire(self, head: HeadRef) -> int | None:
-        """Slot of this version, uploaded when absent. None when every slot is in use."""
+        """Slot of this version, uploaded when absent. None when every slot is in use.
+
+        Raises ShapeError when the table exceeds a slot; nothing has changed then.
+        """
         key = (head.slot_key, head.version)
         slot = self._resident.get(key)
         if slot is None:
+            check_fits(head.table, self._plan)
             slot = self._vacate()
             if slot is None:
                 return None
@@ -73,18 +77,12 @@ class HeadSlots:
         return None
 
     def _pad(self, table: HeadTable | None) -> SlotArrays:
-        """One slot's arrays at full size. Raises ShapeError when the table does not fit."""
-        plan = self._plan
-        sizes = (plan.head_rank, plan.head_tokens, plan.head_rows)
+        """One slot's arrays at full size."""
+        sizes = (self._plan.head_rank, self._plan.head_tokens, self._plan.head_rows)
         padded = _empty_slot(*sizes, self._hidden_size, self._vocab_size)
         if table is None:
             return padded
         rank, tokens, rows = len(table.keys), len(table.token_ids), len(table.row_ids)
-        if rank > sizes[0] or tokens > sizes[1] or rows > sizes[2]:
-            raise ShapeError(
-                f"head edits of rank {rank}, {tokens} token keys and {rows} rows exceed a slot of "
-                f"{sizes[0]}, {sizes[1]} and {sizes[2]}; truncate them or raise the engine's sizes"
-            )
         padded["keys"][:rank] = table.keys
         padded["token_ids"][:tokens] = table.token_ids
         padded["token_keys"][:rank, :tokens] = table.token_keys
@@ -93,6 +91,17 @@ class HeadSlots:
         padded["values"][:rank, :rows] = table.values
         padded["num_rows"][...] = rows
         return padded
+
+
+def check_fits(table: HeadTable, plan: EnginePlan) -> None:
+    """Raise ShapeError when the table exceeds a slot of this plan."""
+    found = (len(table.keys), len(table.token_ids), len(table.row_ids))
+    sizes = (plan.head_rank, plan.head_tokens, plan.head_rows)
+    if any(has > allowed for has, allowed in zip(found, sizes, strict=True)):
+        raise ShapeError(
+            "head edits of rank {}, {} token keys and {} rows exceed a slot of {}, {} and {}; "
+            "raise head_rank, head_tokens or head_rows".format(*found, *sizes)
+        )
 
 
 def _empty_slot(rank: int, tokens: int, rows: int, hidden_size: int, vocab_size: int) -> SlotArrays:

@@ -12,8 +12,11 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from adapters.store import AdapterStore, LoadFailure
+from adapters.store import AdapterStore, LoadFailure, Version
 from engine.client import EngineClient
+from engine.config import EnginePlan
+from engine.errors import ShapeError
+from engine.slots import check_fits
 from sona.auth import Authenticator
 from sona.config import SonaConfig
 from sona.datadir import DataDir
@@ -190,7 +193,7 @@ async def _start_parts(
         engine, warm.tokenizer, data.cache_path, warm.info.base_hash, staged
     )
     routing = Routing(generic)
-    _publish_live(store, routing, warm.info.base_hash)
+    _publish_live(store, routing, warm.info.base_hash, warm.plan)
     parts = compose(config, warm, engine, journal, store, routing)
     parts.learning.loop.start(learns=config.learning.enabled)
     stack.callback(parts.learning.loop.stop)
@@ -200,15 +203,26 @@ async def _start_parts(
     return parts
 
 
-def _publish_live(store: AdapterStore, routing: Routing, base_hash: str) -> None:
+def _publish_live(store: AdapterStore, routing: Routing, base_hash: str, plan: EnginePlan) -> None:
     """What was learned before is loaded, never computed again."""
     for version in store.all_live(base_hash):
-        if isinstance(version, LoadFailure):
-            log.warning(
-                "%s version %d is not served: %s", version.slot, version.number, version.error
-            )
-        else:
+        error = _unservable(version, plan)
+        if error is None:
+            assert isinstance(version, Version)
             routing.publish(version)
+        else:
+            log.warning("%s version %d is not served: %s", version.slot, version.number, error)
+
+
+def _unservable(version: Version | LoadFailure, plan: EnginePlan) -> Exception | str | None:
+    """Why a stored version cannot be served as it is."""
+    if isinstance(version, LoadFailure):
+        return version.error
+    try:
+        check_fits(version.table, plan)
+    except ShapeError as error:
+        return error
+    return None
 
 
 async def _purge(journal: Journal) -> None:

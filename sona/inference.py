@@ -87,7 +87,7 @@ class InferenceService:
                     yield Delta(tokens=update.tokens, text=update.text)
                 if update.final is None:
                     continue
-                if call.learn:
+                if call.learn and update.final.token_ids:  # nothing was said: nothing to correct
                     self._remember(call, principal, prompt_ids, update.final, arrived)
                 total_s = time.monotonic() - started
                 logprobs = tuple(tokens) if call.sampling.logprobs is not None else ()
@@ -97,8 +97,10 @@ class InferenceService:
 
     async def _updates(self, job: Job, principal: Principal) -> AsyncGenerator[Update, None]:
         """The engine's updates, with the request listed as running meanwhile."""
+        if job.request_id in self.running:  # the other one's entry must outlive this refusal
+            raise RequestExists("a request with this request_id is running; choose another")
         async with aclosing(self.generator.generate(job)) as updates:
-            self.running.setdefault(job.request_id, principal.name)
+            self.running[job.request_id] = principal.name
             try:
                 async for update in updates:
                     yield update

@@ -1,6 +1,7 @@
 """The whole engine on a small random model: alone, together, preempted, cancelled, adapted."""
 
 import asyncio
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,14 @@ from support.checkpoints import make_checkpoint
 from support.engines import final, greedy, running_engine
 
 from engine.api import FinishReason, HeadRef, HeadTable, Job, SamplingParams
-from engine.errors import DuplicateJob, EngineStopped, InvalidJob, QueueFull
+from engine.errors import (
+    DuplicateJob,
+    EngineError,
+    EngineStopped,
+    InvalidJob,
+    QueueFull,
+    ShapeError,
+)
 
 
 @pytest.fixture(scope="module")
@@ -188,27 +196,28 @@ async def test_a_score_waits_for_users_and_loses_its_pages_first(checkpoint):
     np.testing.assert_allclose(scored.capture.top_logprobs, alone.capture.top_logprobs, atol=1e-5)
 
 
-async def test_more_heads_than_slots_wait_for_each_other(checkpoint):
-    def table(seed):
-        rng = np.random.default_rng(seed)
-        return HeadTable(
-            keys=rng.standard_normal((2, 48)).astype(np.float32),
-            token_ids=np.zeros(0, np.int32),
-            token_keys=np.zeros((2, 0), np.float32),
-            const_keys=np.zeros(2, np.float32),
-            row_ids=np.arange(40, dtype=np.int32) + seed,
-            values=rng.standard_normal((2, 40)).astype(np.float32),
-        )
+def random_head(seed, rank=2):
+    rng = np.random.default_rng(seed)
+    table = HeadTable(
+        keys=rng.standard_normal((rank, 48)).astype(np.float32),
+        token_ids=np.zeros(0, np.int32),
+        token_keys=np.zeros((rank, 0), np.float32),
+        const_keys=np.zeros(rank, np.float32),
+        row_ids=np.arange(40, dtype=np.int32) + seed,
+        values=rng.standard_normal((rank, 40)).astype(np.float32),
+    )
+    return HeadRef(f"pattern-{seed}", 1, ("t", str(seed)), table)
 
-    heads = [HeadRef(f"pattern-{i}", 1, ("t", str(i)), table(i)) for i in range(9)]
+
+def with_head(head, job):
+    return replace(job, choose_head=lambda _: head)
+
+
+async def test_more_heads_than_slots_wait_for_each_other(checkpoint):
+    heads = [random_head(i) for i in range(9)]
 
     def job(index, request_id):
-        return Job(
-            request_id=request_id,
-            prompt_ids=tuple(prompt(1, 9)),
-            choose_head=lambda _: heads[index],
-            sampling=SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True),
-        )
+        return with_head(heads[index], greedy(request_id, prompt(1, 9), 20))
 
     async with running_engine(checkpoint[0], max_learned_slots=3) as engine:
         alone = [await final(engine, job(i, f"a{i}")) for i in range(9)]
@@ -218,6 +227,54 @@ async def test_more_heads_than_slots_wait_for_each_other(checkpoint):
     assert len({a.token_ids for a in alone}) > 1
     assert stats.num_recompiles == 0
     assert stats.num_resident_heads == 2
+
+
+async def test_slots_and_pages_are_never_held_against_each_other(checkpoint):
+    """One slot. `parked` holds the pages that `young` needs, `young` must not keep its slot."""
+    first, second = random_head(0), random_head(1)
+    jobs = [
+        with_head(first, greedy("opens", prompt(0, 20), 10)),
+        greedy("grows", prompt(1, 20), 250),
+        with_head(second, greedy("parked", prompt(2, 230), 10)),
+        with_head(first, greedy("young", prompt(3, 20), 300)),  # shares the slot of `opens`
+    ]
+    async with running_engine(checkpoint[0], num_pages=33, max_learned_slots=2) as engine:
+        alone = [await final(engine, replace(job, request_id=f"a{job.request_id}")) for job in jobs]
+        together = asyncio.gather(*(final(engine, job) for job in jobs))
+        both = await asyncio.wait_for(together, timeout=60)
+        stats = engine.stats()
+    assert stats.num_preemptions > 0
+    assert stats.num_free_pages == stats.num_pages
+    assert [one.token_ids for one in alone] == [other.token_ids for other in both]
+
+
+async def test_an_id_is_free_again_at_once_after_a_cancel(checkpoint):
+    async with running_engine(checkpoint[0]) as engine:
+        alone = await final(engine, greedy("alone", prompt(1, 20), 30))
+        for _ in range(5):
+            stream = engine.generate(greedy("a", prompt(0, 100), 300))
+            await anext(stream)
+            await stream.aclose()
+            again = await final(engine, greedy("a", prompt(1, 20), 30))
+            assert again.finish_reason is FinishReason.LENGTH
+            assert again.token_ids == alone.token_ids
+
+
+async def test_what_goes_wrong_with_one_request_ends_that_one_only(checkpoint):
+    def broken(_):
+        raise ZeroDivisionError("a gate that cannot decide")
+
+    wide = with_head(random_head(0, rank=4096), greedy("wide", prompt(0, 20), 8))
+    lost = replace(greedy("lost", prompt(0, 20), 8), choose_head=broken)
+    async with running_engine(checkpoint[0]) as engine:
+        other = asyncio.ensure_future(final(engine, greedy("other", prompt(1, 30), 60)))
+        with pytest.raises(ShapeError, match="rank 4096.*raise head_rank"):
+            await final(engine, wide)
+        with pytest.raises(EngineError, match="request lost failed: a gate that cannot decide"):
+            await final(engine, lost)
+        assert (await other).num_completion_tokens == 60
+        assert engine.stats().num_free_pages == engine.stats().num_pages
+        assert engine.stats().num_resident_heads == 0
 
 
 @pytest.mark.parametrize(

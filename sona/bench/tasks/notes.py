@@ -38,6 +38,7 @@ _LEADS = (
 _WORD_KINDS = {"ticket": TEAMS, "shelf": LABELS, "distance": ("km",), "weight": ("kg",)}
 _SIGN_KINDS = {"date": ("-", "dates"), "time": (":", "times"), "status": (".", "logs")}
 _NOTED_KINDS = (*_WORD_KINDS, *_SIGN_KINDS, "lead")
+_LEAD_WEIGHT = 5  # in training: to tell 56 offices apart takes more examples than eight teams
 _MAX_DRAWS = 1000
 
 
@@ -70,7 +71,7 @@ def draw_note(rng: Generator, part: Part | None, kind: str, about: str | None = 
 
 def draw_relevant(rng: Generator, part: Part | None) -> Item:
     """A question whose answer the note changes."""
-    kind = pick(rng, _NOTED_KINDS)
+    kind = _noted_kind(rng, part)
     item = _question(rng, part, kind)
     note = draw_note(rng, part, kind, _about(item))
     changed = note.rule.apply(item)
@@ -81,7 +82,7 @@ def draw_relevant(rng: Generator, part: Part | None) -> Item:
 def draw_irrelevant(rng: Generator, part: Part | None) -> Item:
     """A question whose answer stays in spite of the note, often one of the note's own sort."""
     for _ in range(_MAX_DRAWS):
-        kind = pick(rng, _NOTED_KINDS)
+        kind = _noted_kind(rng, part)
         if rng.random() < 0.5:
             is_own_sort = rng.random() < 0.7
             item = _question(rng, part, kind if is_own_sort else pick(rng, _NOTED_KINDS))
@@ -103,6 +104,11 @@ def slip_of(item: Item, rng: Generator) -> str | None:
 
 def _draw(rng: Generator, part: Part | None) -> Item:
     return (draw_relevant if rng.random() < RELEVANT_FRACTION else draw_irrelevant)(rng, part)
+
+
+def _noted_kind(rng: Generator, part: Part | None) -> str:
+    extra = ("lead",) * (_LEAD_WEIGHT - 1) if part == "train" else ()
+    return pick(rng, (*_NOTED_KINDS, *extra))
 
 
 def _question(rng: Generator, part: Part | None, kind: str) -> Item:

@@ -20,8 +20,8 @@ TRAINED = (*BASE_FAMILIES, RELEVANT, IRRELEVANT, G0)
 # Share of examples before the weakest families get more. Relevant to irrelevant notes is 40 to 60.
 SHARES = {
     "F1": 12.0, "F2": 5.0, "F3": 7.0, "F4": 7.0, "F5": 3.0, "F6": 3.0, "F7": 9.0, "R1": 6.0,
-    "R2": 10.0, "R3": 6.0, "R4": 7.0, "R5": 12.0, "R6": 7.0, "NOTE-relevant": 8.0,
-    "NOTE-irrelevant": 12.0, "G0": 3.0,
+    "R2": 10.0, "R3": 6.0, "R4": 7.0, "R5": 12.0, "R6": 7.0, "NOTE-relevant": 12.0,
+    "NOTE-irrelevant": 18.0, "G0": 3.0,
 }  # fmt: skip
 LENGTHS = (20, 26, 36, 64, 144, 1088)  # tokens per row of a batch; an example joins the least fit
 TOPICS = (
