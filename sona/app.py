@@ -187,7 +187,7 @@ async def _start_parts(
         progress=staged,
     )
     engine = EngineClient(warm.model, warm.tokenizer, warm.plan, warm.runner)
-    stack.callback(engine.close)
+    stack.push_async_callback(asyncio.to_thread, engine.close)
     stage.alive = lambda: engine.is_alive
     generic = await load_or_embed(
         engine, warm.tokenizer, data.cache_path, warm.info.base_hash, staged
@@ -196,7 +196,7 @@ async def _start_parts(
     _publish_live(store, routing, warm.info.base_hash, warm.plan)
     parts = compose(config, warm, engine, journal, store, routing)
     parts.learning.loop.start(learns=config.learning.enabled)
-    stack.callback(parts.learning.loop.stop)
+    stack.push_async_callback(asyncio.to_thread, parts.learning.loop.stop)
     tasks = await stack.enter_async_context(asyncio.TaskGroup())
     purging = tasks.create_task(_purge(journal))
     stack.callback(purging.cancel)

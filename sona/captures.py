@@ -53,7 +53,10 @@ class CaptureRing:
         """An answer's states, or None when they are gone."""
         with self._lock:
             kept = self._kept.get((tenant, request_id))
-            if kept is None or self._is_expired((tenant, request_id)):
+            if kept is None:
+                return None
+            if self._is_expired((tenant, request_id)):
+                self._drop((tenant, request_id))
                 return None
             return kept.capture
 

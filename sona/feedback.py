@@ -2,11 +2,15 @@
 
 import asyncio
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from adapters.align import align
+from adapters.batch import Batch
+from adapters.errors import IncompatibleAdapter
+from adapters.store import SlotKey
+from engine.api import Capture
 from engine.text import Tokenizer
 from sona.auth import Principal
 from sona.captures import CaptureRing
@@ -26,7 +30,7 @@ from sona.journal import (
     is_learnable,
 )
 from sona.loops.instant import InstantLoop
-from sona.loops.lessons import captured_lesson, scored_lesson
+from sona.loops.lessons import as_batch, captured_lesson, scored_lesson
 from sona.metrics import Metrics
 from sona.ports import Event, EventKind
 from sona.requests import FeedbackCall, Preview, PreviewEdit
@@ -78,7 +82,13 @@ class FeedbackService:
 
     async def preview(self, call: FeedbackCall, principal: Principal) -> Preview:
         """What the feedback would change. Stores nothing."""
-        return await asyncio.to_thread(self._preview, call, principal)
+        preview, lesson = await asyncio.to_thread(self._preview, call, principal)
+        if self.loop is None or lesson is None:
+            return preview
+        slot, batch = lesson
+        patterns = self.loop.teacher.patterns
+        found = await asyncio.wrap_future(self.loop.run(lambda: patterns.conflicts(slot, batch)))
+        return replace(preview, conflicts_with=found)
 
     def _request(self, call: FeedbackCall, principal: Principal) -> tuple[RequestRecord, Choice]:
         request = self.journal.request(principal.tenant, call.request_id)
@@ -134,29 +144,60 @@ class FeedbackService:
                 "shorter correction",
             )
 
-    def _preview(self, call: FeedbackCall, principal: Principal) -> Preview:
+    def _preview(
+        self, call: FeedbackCall, principal: Principal
+    ) -> tuple[Preview, tuple[SlotKey, Batch] | None]:
+        """What would change, and what the learner would be asked to hold where states are kept."""
         request, answer = self._request(call, principal)
-        pattern_id = None
+        live = None
         if request.prompt_vector is not None:
             caller = (principal.tenant, principal.name)
             live = self.routing.match(caller, request.prompt_vector)
-            pattern_id = None if live is None else live.slot.pattern_id
+        why_not = self._why_not(call, request, is_in_pattern=live is not None)
+        preview = Preview(
+            would_learn=not why_not,
+            reason=why_not,
+            pattern_id=None if live is None else live.slot.pattern_id,
+        )
         if not isinstance(call.signal, Correction):
-            would_learn = is_learnable(call.signal) and pattern_id is not None
-            return Preview(would_learn=would_learn, reason=_why(would_learn), pattern_id=pattern_id)
+            return preview, None
         check_correction(call.signal.text, answer.text)
         corrected = corrected_ids(self.tokenizer, call.signal.text, answer.token_ids)
         self._check_fits(request, corrected)
-        edit = self._edit(principal.tenant, call.request_id, answer, corrected)
-        return Preview(would_learn=True, pattern_id=pattern_id, edits=(edit,))
+        capture = self.captures.get(principal.tenant, call.request_id)
+        preview = replace(preview, edits=(self._edit(capture, answer, corrected),))
+        positions = None
+        if capture is not None and live is not None and not why_not:
+            positions = captured_lesson(answer.token_ids, corrected, capture)
+        if live is None or positions is None:
+            return preview, None
+        return preview, (live.slot, as_batch("preview", positions))
+
+    def _why_not(self, call: FeedbackCall, request: RequestRecord, *, is_in_pattern: bool) -> str:
+        """Why a feedback would be stored and not learned; empty when it would be learned."""
+        if self.loop is None:
+            return "stored, not learned: this server was started without learning"
+        if request.prompt_vector is None:
+            return "stored, not learned: the prompt's state was not kept"
+        try:
+            self.loop.teacher.patterns.check_base(request.base_hash)
+        except IncompatibleAdapter as error:
+            return f"stored, not learned: {error}"
+        if isinstance(call.signal, Correction):
+            return ""
+        if is_learnable(call.signal) and is_in_pattern:
+            return ""
+        return (
+            "stored, not learned: only corrections, PASS verdicts and scores of 1 on answers of a "
+            "learned pattern are learned"
+        )
 
     def _edit(
-        self, tenant: str, request_id: str, answer: Choice, corrected: tuple[int, ...]
+        self, capture: Capture | None, answer: Choice, corrected: tuple[int, ...]
     ) -> PreviewEdit:
         """The first token that the correction changes."""
         found = align(answer.token_ids, corrected)
         old, new = found.generated_next, found.corrected_next
-        capture = self.captures.get(tenant, request_id)
         probability = None
         if capture is not None and new is not None and found.num_common < len(capture.hidden):
             hit = np.flatnonzero(capture.top_ids[found.num_common] == new)
@@ -193,12 +234,3 @@ def target_ids(tokenizer: Tokenizer, record: FeedbackRecord) -> tuple[int, ...]:
     if isinstance(record.signal, Correction):
         return corrected_ids(tokenizer, record.signal.text, record.answer.token_ids)
     return record.answer.token_ids
-
-
-def _why(would_learn: bool) -> str:
-    if would_learn:
-        return ""
-    return (
-        "stored, not learned: only corrections, PASS verdicts and scores of 1 on answers of a "
-        "learned pattern are learned"
-    )

@@ -11,9 +11,8 @@ from adapters.store import AdapterStore, Scope, SlotKey, VersionInfo
 from sona.auth import Principal
 from sona.events import EventBus
 from sona.inference import own_slots
-from sona.journal import FeedbackRecord, FeedbackState, Journal, StateChange
+from sona.journal import FeedbackRecord, Journal
 from sona.loops.instant import InstantLoop
-from sona.loops.patterns import Patterns
 from sona.ports import (
     AdapterHistory,
     AdapterInfo,
@@ -32,7 +31,6 @@ class LearningService:
 
     store: AdapterStore
     journal: Journal
-    patterns: Patterns
     events_bus: EventBus
     loop: InstantLoop
     is_enabled: bool  # False: --no-learn
@@ -47,8 +45,8 @@ class LearningService:
             num_pending=counts.num_pending,
             num_feedback=counts.num_feedback,
             num_adapters=len(slots),
-            num_failed_steps=self.loop.counts.num_failed,
-            last_publish=self.loop.counts.last_publish,
+            num_failed_steps=self.loop.teacher.counts.num_failed,
+            last_publish=self.loop.teacher.counts.last_publish,
         )
 
     async def list_adapters(self, principal: Principal) -> tuple[AdapterInfo, ...]:
@@ -73,14 +71,7 @@ class LearningService:
 
         def on_learner() -> tuple[FeedbackRecord, ...]:
             target = self._before_last_feedback(slot) if to_version is None else to_version
-            version, seqs = self.patterns.rolled_back(slot, target)
-            change = StateChange(
-                state=FeedbackState.ROLLED_BACK,
-                reason=reason or f"rolled back to version {target}",
-                version=version.number,
-            )
-            self.journal.set_state(seqs, change).result()
-            return self.journal.feedback_by_seq(seqs)
+            return self.loop.teacher.roll_back(slot, target, reason)
 
         undone = await asyncio.wrap_future(self.loop.run(on_learner))
         info = await asyncio.to_thread(self._info, slot)
@@ -92,7 +83,7 @@ class LearningService:
         return Rollback(adapter=info, feedback_ids=tuple(record.feedback_id for record in undone))
 
     async def pause(self, reason: str, principal: Principal) -> LearningState:
-        """Stop learning on the whole server. Idempotent."""
+        """Stop learning on the whole server, until resumed or restarted. Idempotent."""
         if self.is_enabled:
             self.loop.pause(reason)
             self._announce(EventKind.LEARNING_PAUSED, principal, reason)

@@ -21,6 +21,7 @@ from sona.journal import FeedbackRecord, Journal
 from sona.learning import LearningService
 from sona.loops.instant import InstantLoop
 from sona.loops.patterns import Patterns
+from sona.loops.teacher import Teacher
 from sona.metrics import Metrics
 from sona.model import Warm
 from sona.ports import ServerInfo
@@ -73,7 +74,8 @@ def compose(
     def targets(record: FeedbackRecord) -> tuple[int, ...]:
         return target_ids(warm.tokenizer, record)
 
-    loop = InstantLoop(journal, patterns, engine, events, targets, metrics)
+    teacher = Teacher(journal, patterns, events, targets, metrics)
+    loop = InstantLoop(journal, teacher, engine, metrics)
     running: dict[str, str] = {}
     inference = InferenceService(
         generator=engine,
@@ -101,7 +103,6 @@ def compose(
     learning = LearningService(
         store=store,
         journal=journal,
-        patterns=patterns,
         events_bus=events,
         loop=loop,
         is_enabled=config.learning.enabled,

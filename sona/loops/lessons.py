@@ -49,19 +49,28 @@ def scored_lesson(
     """What a whole answer teaches after a teacher-forced pass over it.
 
     A token that the base would not say is an edit, every other one a constraint; in a
-    confirmation all are constraints. `skip` are positions already learned. None when none is left.
+    confirmation all are constraints. `skip` are positions already learned. Of an answer too long
+    to keep, edits go before constraints and the uncertain before the certain. None when no
+    position is left, or no room.
     """
-    indices = [i for i in range(min(len(target_ids), MAX_POSITIONS)) if i not in set(skip)]
+    known = set(skip)
+    left = [index for index in range(len(target_ids)) if index not in known]
+    is_wrong = np.asarray(target_ids, np.int64) != capture.top_ids[: len(target_ids), 0]
+    certainty = _target_logprobs(capture, np.asarray(target_ids, np.int64))
+    left.sort(key=lambda index: (not is_wrong[index], certainty[index]))
+    indices = sorted(left[: max(MAX_POSITIONS - len(known), 0)])
     if not indices:
         return None
-    targets = [target_ids[index] for index in indices]
     kinds = [
-        PositionKind.CONSTRAINT
-        if is_confirmation or int(capture.top_ids[index, 0]) == target
-        else PositionKind.EDIT
-        for index, target in zip(indices, targets, strict=True)
+        PositionKind.EDIT if is_wrong[index] and not is_confirmation else PositionKind.CONSTRAINT
+        for index in indices
     ]
-    return _positions(indices, targets, kinds, capture)
+    return _positions(indices, [target_ids[index] for index in indices], kinds, capture)
+
+
+def is_whole(num_targets: int, num_positions: int) -> bool:
+    """Whether these many known positions are all that is kept of an answer of these many tokens."""
+    return num_positions >= min(num_targets, MAX_POSITIONS)
 
 
 def as_batch(feedback_id: str, positions: Positions) -> Batch:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from adapters import head
 from adapters.base_rows import HeadRows
 from adapters.batch import Batch
+from adapters.errors import IncompatibleAdapter
 from adapters.gate import Gate
 from adapters.state import HeadState
 from adapters.store import AdapterStore, SlotKey, Version, VersionDraft, VersionInfo
@@ -20,6 +21,7 @@ from sona.journal import FeedbackRecord, FeedbackState, Journal
 from sona.loops.lessons import as_batch
 from sona.routing import Routing
 
+Seqs = tuple[int, ...]  # journal numbers of feedback
 _MAX_STATES = 64  # solver states kept in memory
 _SETTLED_AT_ONCE = 32  # edits up to which the sweeps run with the first step
 
@@ -61,6 +63,14 @@ class Patterns:
         if live is not None:
             return _slot(record, live.slot.pattern_id)
         return _slot(record, self._store.new_pattern_id()) if may_begin else None
+
+    def check_base(self, base_hash: str) -> None:
+        """Raise IncompatibleAdapter when states of this base model mean nothing here."""
+        if base_hash != self._base_hash:
+            raise IncompatibleAdapter(
+                f"the answer is of the base model {base_hash[:12]}, the one served is "
+                f"{self._base_hash[:12]}; serve that model again to learn from it"
+            )
 
     def taught(self, slot: SlotKey, record: FeedbackRecord, batch: Batch) -> Lesson:
         """The pattern with one batch more. Raises CandidateRejected; nothing changes then."""
@@ -116,14 +126,32 @@ class Patterns:
         live = self._routing.all_live()
         return [item.slot for item in live if item.info.report.get("owes_sweeps")]
 
-    def rolled_back(self, slot: SlotKey, to_version: int) -> tuple[Version, tuple[int, ...]]:
-        """Serve an earlier version's content as a new version; also the feedback undone by it."""
+    def rolled_back(
+        self, slot: SlotKey, to_version: int, reason: str
+    ) -> tuple[Version, Seqs, Seqs]:
+        """Serve an earlier version's content as a new version; the feedback undone and redone."""
         before = self._seqs(slot)
         figures = {info.number: info.report for info in self._store.history(slot)}
-        version = self._store.rollback(slot, to_version, report=figures.get(to_version))
-        self._routing.publish(version)
+        report = {**figures.get(to_version, {}), "owes_sweeps": False, "reason": reason}
+        version = self._store.rollback(slot, to_version, report=report)
+        if version.info.base_hash == self._base_hash:
+            self._routing.publish(version)
         self._states.pop(slot, None)
-        return version, tuple(sorted(before - set(version.info.feedback_seqs)))
+        return version, *_moved(before, version.info)
+
+    def last_rollbacks(self) -> list[tuple[VersionInfo, Seqs, Seqs]]:
+        """Slots whose newest version is a rollback, with the feedback it undid and redid."""
+        found = []
+        for slot in self._store.slots():
+            *older, newest = self._store.history(slot)
+            if newest.restores is not None and older:
+                found.append((newest, *_moved(frozenset(older[-1].feedback_seqs), newest)))
+        return found
+
+    def conflicts(self, slot: SlotKey, batch: Batch) -> tuple[str, ...]:
+        """Ids of feedback that a batch would contradict. Changes nothing."""
+        _, report = head.add(self._state(slot), batch, self._head_rows)
+        return report.conflicts_with
 
     def _state(self, slot: SlotKey) -> HeadState:
         state = self._states.get(slot)
@@ -172,6 +200,11 @@ class Patterns:
         if record.seq in self._seqs(slot):
             return live.gate
         return live.gate.with_prompt(generic.unit(vector), generic)
+
+
+def _moved(before: frozenset[int], after: VersionInfo) -> tuple[Seqs, Seqs]:
+    now = set(after.feedback_seqs)
+    return tuple(sorted(before - now)), tuple(sorted(now - before))
 
 
 def _slot(record: FeedbackRecord, pattern_id: int) -> SlotKey:

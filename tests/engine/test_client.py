@@ -268,7 +268,7 @@ async def test_what_goes_wrong_with_one_request_ends_that_one_only(checkpoint):
     lost = replace(greedy("lost", prompt(0, 20), 8), choose_head=broken)
     async with running_engine(checkpoint[0]) as engine:
         other = asyncio.ensure_future(final(engine, greedy("other", prompt(1, 30), 60)))
-        with pytest.raises(ShapeError, match="rank 4096.*raise head_rank"):
+        with pytest.raises(ShapeError, match=r"rank 4096.*raise head_rank"):
             await final(engine, wide)
         with pytest.raises(EngineError, match="request lost failed: a gate that cannot decide"):
             await final(engine, lost)
