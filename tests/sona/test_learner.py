@@ -1,0 +1,152 @@
+"""The learner thread with real journal, store, gates and solver over a made-up model."""
+
+import asyncio
+
+import pytest
+from support.school import School, school
+
+from engine.errors import InvalidJob
+from sona.errors import DiskFull, ShuttingDown
+from sona.journal import FeedbackState, Verdict
+from sona.loops import instant
+from sona.loops.lessons import MAX_POSITIONS
+
+
+async def test_a_correction_is_learned_from_a_pass_over_it(tmp_path):
+    async with school(tmp_path) as here:
+        name = await here.teach(5, 6, 7)
+        assert here.state_of(name) == "LEARNED"
+        (info,) = here.store.history(here.slot())
+        assert info.report["num_edits"] == 3
+        assert info.report["num_failing"] == 0
+
+
+async def test_restoring_a_version_brings_its_feedback_back(tmp_path):
+    async with school(tmp_path) as here:
+        first, second = await here.teach(5), await here.teach(6)
+        slot, teacher = here.slot(), here.loop.teacher
+        undone = await here.on_learner(lambda: teacher.roll_back(slot, 1, "a mistake"))
+        assert [record.feedback_id for record in undone] == [second]
+        assert (here.state_of(first), here.state_of(second)) == ("LEARNED", "ROLLED_BACK")
+        assert here.journal.feedback("acme", second).reason == "a mistake"
+
+        undone = await here.on_learner(lambda: teacher.roll_back(slot, 2, ""))
+        assert undone == ()
+        assert here.state_of(second) == "LEARNED"
+        assert here.journal.feedback("acme", second).reason == ""
+        await here.teach(8)  # folds the log anew: the restored correction is in it
+        assert here.store.history(slot)[-1].report["num_edits"] == 3
+
+
+@pytest.mark.parametrize("learns", [True, False])
+async def test_a_rollback_that_a_crash_cut_off_is_finished(tmp_path, learns):
+    async with school(tmp_path) as here:
+        first, second = await here.teach(5), await here.teach(6)
+        here.store.rollback(here.slot(), 1, report={"reason": "a mistake"})  # and no journal
+    async with school(tmp_path, learns=learns) as here:
+        assert (here.state_of(first), here.state_of(second)) == ("LEARNED", "ROLLED_BACK")
+        assert here.journal.feedback("acme", second).reason == "a mistake"
+
+
+async def test_what_was_learned_from_another_model_waits_for_it(tmp_path):
+    async with school(tmp_path) as here:
+        kept = await here.teach(5)
+    async with school(tmp_path, base_hash="base-2") as here:
+        late = here.correct(6)  # its answer is of base-1
+        here.loop.notify(late)
+        await here.on_learner(lambda: None)
+        assert here.state_of(late.feedback_id) == "ACCEPTED"
+        assert here.engine.num_passes == 0
+    async with school(tmp_path, starts=False) as here:
+        async with here.settled() as events:
+            here.loop.start(learns=True)
+            assert (await anext(events)).feedback_id == late.feedback_id
+        assert here.store.history(here.slot())[-1].feedback_seqs == (1, late.seq)
+        assert here.state_of(kept) == "LEARNED"
+
+
+async def test_few_passes_are_under_way_at_once(tmp_path):
+    async with school(tmp_path) as here:
+        here.engine.gate.clear()
+        async with here.settled() as events:
+            for token in range(5, 15):
+                here.loop.notify(here.correct(token))
+            await here.on_learner(lambda: None)
+            here.engine.gate.set()
+            learned = {(await anext(events)).feedback_id for _ in range(10)}
+        assert learned == {f"f{i}" for i in range(1, 11)}
+        assert here.engine.most_running == 4
+
+
+async def test_a_failure_that_may_pass_is_tried_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(instant, "_RETRY_S", 0.01)
+    async with school(tmp_path) as here:
+        here.engine.failures = [DiskFull("no room"), DiskFull("no room")]
+        async with here.settled() as events:
+            here.loop.notify(here.correct(5))
+            kinds = [(await anext(events)).kind.name for _ in range(3)]
+        assert kinds == ["LEARNING_FAILED", "LEARNING_FAILED", "FEEDBACK_LEARNED"]
+
+
+async def test_what_can_never_run_is_rejected_with_its_reason(tmp_path):
+    async with school(tmp_path) as here:
+        here.engine.failures = [InvalidJob("9000 tokens; the context holds 2048")]
+        name = await here.teach(5)
+        assert here.state_of(name) == "REJECTED"
+        assert "9000 tokens" in here.journal.feedback("acme", name).reason
+        assert here.journal.pending() == ()
+
+
+async def test_a_bug_ends_one_lesson_and_not_the_learner(tmp_path):
+    async with school(tmp_path) as here:
+        here.engine.failures = [ZeroDivisionError("a bug")]
+        assert here.state_of(await here.teach(5)) == "ACCEPTED"
+        assert here.state_of(await here.teach(6)) == "LEARNED"
+        assert here.loop.teacher.counts.num_failed == 1
+    async with school(tmp_path, starts=False) as here, here.settled() as events:
+        here.loop.start(learns=True)
+        assert (await anext(events)).feedback_id == "f1"  # the next start tries again
+
+
+async def test_a_long_answer_says_how_much_of_it_is_learned(tmp_path):
+    num = MAX_POSITIONS + 20
+    async with school(tmp_path) as here:
+        await here.teach(5)
+        name = await here.teach(*[1] * num, signal=Verdict(is_pass=True))
+        record = here.journal.feedback("acme", name)
+        assert record.state is FeedbackState.LEARNED
+        assert record.reason.startswith(f"{MAX_POSITIONS} of {num} tokens")
+        positions = here.journal.positions(record.seq)
+        assert positions is not None
+        assert len(positions) == MAX_POSITIONS
+
+
+async def test_a_rollback_takes_owed_sweeps_with_it(tmp_path):
+    async with school(tmp_path) as here:
+        await here.teach(5)
+        slot, teacher = here.slot(), here.loop.teacher
+        teacher._owing[slot] = None
+        here.loop.pause("so that nothing is settled meanwhile")
+        await here.on_learner(lambda: teacher.roll_back(slot, 0, ""))
+        assert teacher.next_owing() is None
+
+
+async def test_calls_are_refused_once_it_stops(tmp_path):
+    here = School(tmp_path)
+    here.loop.start(learns=True)
+    await here.close()
+    with pytest.raises(ShuttingDown):
+        await here.on_learner(lambda: None)
+
+
+async def test_paused_it_learns_nothing_and_catches_up(tmp_path):
+    async with school(tmp_path) as here:
+        here.loop.pause("maintenance")
+        async with here.settled() as events:
+            for token in (5, 6, 7):
+                here.loop.notify(here.correct(token))
+            await here.on_learner(lambda: None)
+            assert here.engine.num_passes == 0
+            here.loop.resume()
+            learned = {(await asyncio.wait_for(anext(events), 30)).feedback_id for _ in range(3)}
+        assert learned == {"f1", "f2", "f3"}
