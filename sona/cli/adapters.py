@@ -83,7 +83,7 @@ def _line(adapter: "Adapter") -> str:
     whose = "tenant" if adapter.scope == SCOPE_TENANT else adapter.owner
     return (
         f"{adapter.name}@{adapter.version}  {whose}  {adapter.num_edits} edits, "
-        f"{adapter.num_constraints} kept, {adapter.size_bytes} bytes, "
+        f"{adapter.num_constraints} constraints, {adapter.size_bytes} bytes, "
         f"{_time(adapter.update_time)}"
     )
 

@@ -38,6 +38,8 @@ def generate(
     options |= {"adapter": adapter, "request_id": request_id}
     if no_learn:
         options["learn"] = False
+    if not prompt:
+        raise click.UsageError("the prompt is empty; give some text")
     turns = [{"role": "user", "content": prompt}]
     if system is not None:
         turns.insert(0, {"role": "system", "content": system})

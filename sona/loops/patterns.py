@@ -219,6 +219,7 @@ def _figures(solve: head.SolveReport, table: TableReport) -> dict[str, object]:
         "num_edits": solve.num_edits,
         "num_constraints": solve.num_constraints,
         "num_failing": solve.num_failing,
+        "lost": list(solve.lost),
         "form": table.form,
         "rank": table.rank,
         "num_rows": table.num_rows,

@@ -26,6 +26,7 @@ from sona.loops.patterns import Lesson, Patterns
 from sona.metrics import Metrics
 from sona.ports import Event, EventKind
 
+_NOT_HELD = "in force in part: the model cannot tell some of its tokens from others that must stay"
 CorrectedIds = Callable[[FeedbackRecord], tuple[int, ...]]
 
 
@@ -177,16 +178,19 @@ class Teacher:
         self._published(version, record)
         if not lesson.state.is_settled:
             self._owing[lesson.slot] = None
+        is_held = record.feedback_id not in lesson.report.lost
+        is_learned = is_held and num_targets is not None
         change = StateChange(
-            state=FeedbackState.ACCEPTED if num_targets is None else FeedbackState.LEARNED,
+            state=FeedbackState.LEARNED if is_learned else FeedbackState.ACCEPTED,
             adapter=version.slot.adapter_name,
             version=version.number,
-            reason=_shortened(num_targets or 0),
+            reason="" if num_targets is None else _reservation(num_targets, is_held=is_held),
             conflicts_with=lesson.report.conflicts_with or None,
             pattern_id=version.slot.pattern_id,
+            is_learnable=None if num_targets is None or is_held else False,
         )
         self._journal.set_state([record.seq], change).result()
-        if num_targets is not None:
+        if is_learned:
             self._emit(record, EventKind.FEEDBACK_LEARNED, version)
         return handed_s
 
@@ -194,16 +198,22 @@ class Teacher:
         self, info: VersionInfo, undone: tuple[int, ...], redone: tuple[int, ...], reason: str
     ) -> None:
         """Give feedback the state that a rollback means for it, where it has another one."""
-        name, number = info.slot.adapter_name, info.number
         why = reason or f"rolled back to version {info.restores}"
-        for seqs, state, text in (
-            (undone, FeedbackState.ROLLED_BACK, why),
-            (redone, FeedbackState.LEARNED, ""),
-        ):
-            stale = [r.seq for r in self._journal.feedback_by_seq(seqs) if r.state is not state]
-            change = StateChange(state=state, adapter=name, version=number, reason=text)
-            if stale:
-                self._journal.set_state(stale, change).result()
+        lost = info.report.get("lost", ())
+        commits = []
+        for record in self._journal.feedback_by_seq((*undone, *redone)):
+            state, text = FeedbackState.LEARNED, ""
+            if record.seq in undone:
+                state, text = FeedbackState.ROLLED_BACK, why
+            elif record.feedback_id in lost:
+                state, text = FeedbackState.ACCEPTED, _NOT_HELD
+            if record.state is not state:
+                change = StateChange(
+                    state=state, adapter=info.slot.adapter_name, version=info.number, reason=text
+                )
+                commits.append(self._journal.set_state([record.seq], change))
+        for commit in commits:
+            commit.result()
 
     def _published(self, version: Version, record: FeedbackRecord | None) -> None:
         now = time.time()
@@ -246,7 +256,10 @@ class Teacher:
         self._events.emit_threadsafe(record.tenant, event)
 
 
-def _shortened(num_targets: int) -> str:
+def _reservation(num_targets: int, *, is_held: bool) -> str:
+    """What has to be said of a feedback that is in force, if anything."""
+    if not is_held:
+        return _NOT_HELD
     if num_targets <= MAX_POSITIONS:
         return ""
     return (

@@ -213,6 +213,22 @@ async def test_events_tell_the_author(ann):
         await ann.rollback(adapter.name, to_version=0)
 
 
+async def test_a_preview_names_what_it_contradicts_and_changes_nothing(bob):
+    reply = await bob.generate(ASK, **GREEDY, adapter="none")
+    first = await bob.preview(reply.request_id, correction="Send to vault.")
+    assert first.would_learn
+    assert not first.HasField("pattern_id")
+    sent = await bob.feedback(reply.request_id, correction="Send to vault.")
+    learned = await until_learned(bob, sent.feedback_id)
+    second = await bob.preview(reply.request_id, correction="Send to forum.")
+    assert list(second.conflicts_with) == [sent.feedback_id]
+    assert learned.adapter_version.name == f"pattern-{second.pattern_id}"
+    agreeing = await bob.preview(reply.request_id, correction="Send to vault.")
+    assert not agreeing.conflicts_with
+    assert await text_of(bob, ASK) == "Send to vault."
+    await bob.rollback(learned.adapter_version.name, to_version=0)
+
+
 async def test_undo_goes_behind_a_whole_correction_and_twice_behind_two(bob):
     base = await text_of(bob, ASK)
     texts = []

@@ -121,6 +121,30 @@ async def test_a_long_answer_says_how_much_of_it_is_learned(tmp_path):
         assert len(positions) == MAX_POSITIONS
 
 
+async def test_what_does_not_hold_is_not_called_learned(tmp_path):
+    async with school(tmp_path) as here:
+        held = await here.teach(5, 6)
+        assert here.state_of(held) == "LEARNED"
+        here.engine.twins = True
+        record = here.correct(7, 8)  # two answers to one state: one of them has to lose
+        here.loop.notify(record)
+        while here.store.history(here.slot())[-1].feedback_seqs != (1, record.seq):
+            await here.on_learner(lambda: None)
+        await here.on_learner(lambda: None)
+        half = here.journal.feedback("acme", record.feedback_id)
+        assert half.state is FeedbackState.ACCEPTED
+        assert half.reason.startswith("in force in part")
+        assert half.version == 2
+        assert here.journal.pending() == ()
+
+        slot, teacher = here.slot(), here.loop.teacher
+        for version in (0, 2):  # undone, and brought back as what it was
+            await here.on_learner(lambda to=version: teacher.roll_back(slot, to, ""))
+        assert here.state_of(held) == "LEARNED"
+        again = here.journal.feedback("acme", record.feedback_id)
+        assert (again.state, again.reason) == (FeedbackState.ACCEPTED, half.reason)
+
+
 async def test_a_rollback_takes_owed_sweeps_with_it(tmp_path):
     async with school(tmp_path) as here:
         await here.teach(5)

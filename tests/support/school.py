@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import itertools
 from dataclasses import replace
+from typing import Any, cast
 
 import numpy as np
 from support import journals
@@ -36,6 +37,7 @@ class Engine:
         self.head = head
         self.gate = asyncio.Event()
         self.gate.set()
+        self.twins = False  # the first two states of a pass are one and the same
         self.failures = []  # raised first, one per pass
         self.num_running = self.most_running = self.num_passes = 0
 
@@ -49,6 +51,8 @@ class Engine:
             raise self.failures.pop()
         rng = np.random.default_rng([*prompt_ids, *continuation_ids])
         states = rng.standard_normal((len(continuation_ids), DIM))
+        if self.twins and len(states) > 1:
+            states[1] = states[0]
         return ScoreResult(capture_of(states, self.head), prompt_vector())
 
 
@@ -79,7 +83,7 @@ class School:
             self.store, self.journal, self.routing, rows_of(head), TableLimits(), base_hash
         )
         teacher = Teacher(self.journal, self.patterns, self.events, targets, self.metrics)
-        self.loop = InstantLoop(self.journal, teacher, self.engine, self.metrics)
+        self.loop = InstantLoop(self.journal, teacher, cast(Any, self.engine), self.metrics)
         num_before = sum(self.journal.counts().num_feedback.values())
         self._names = (f"f{i}" for i in itertools.count(num_before + 1))
 
