@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from engine import step
@@ -155,11 +154,3 @@ class Runner:
 
     def _capture(self, hidden: np.ndarray) -> Captured:
         return jax.tree.map(np.asarray, self._steps.capture(self._leaves, hidden))
-
-
-def head_rows(model: LoadedModel, ids: np.ndarray) -> np.ndarray:
-    """Rows of the served head [len(ids), D] float32, for logits outside a capture."""
-    decoder = model.merge()
-    if decoder.head is None:
-        return np.asarray(decoder.embedding[...][jnp.asarray(ids)], np.float32)
-    return np.asarray(decoder.head.kernel[...][:, jnp.asarray(ids)], np.float32).T

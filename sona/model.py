@@ -7,14 +7,14 @@ from importlib import resources
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from adapters.solve import compile_buckets
 from engine.client import build_runner
 from engine.config import EngineConfig, EnginePlan, plan_engine
 from engine.errors import ConfigError
+from engine.head_rows import HeadRows
 from engine.model import LoadedModel, load_checkpoint, load_config
-from engine.runner import Runner, head_rows
+from engine.runner import Runner
 from engine.text import Tokenizer
 from sona.ports import ModelInfo
 
@@ -31,10 +31,7 @@ class Warm:
     plan: EnginePlan
     runner: Runner
     info: ModelInfo
-
-    def head_rows(self, ids: np.ndarray) -> np.ndarray:
-        """Rows of the served head [len(ids), D] float32."""
-        return head_rows(self.model, ids)
+    head_rows: HeadRows
 
 
 def shipped_model() -> Path:
@@ -65,12 +62,13 @@ def warm_up(
         directory, vocab_size=loaded.config.vocab_size, eos_ids=loaded.config.eos_ids
     )
     runner = build_runner(loaded, plan, progress)
+    progress("compile learning", 0, 1)
+    head_rows = HeadRows(loaded)
     if learns:
-        progress("compile learning", 0, 1)
         compile_buckets()
-        progress("compile learning", 1, 1)
+    progress("compile learning", 1, 1)
     name = served_name or ("sona-nano" if not model else directory.resolve().name)
-    return Warm(loaded, tokenizer, plan, runner, _info(name, loaded, plan))
+    return Warm(loaded, tokenizer, plan, runner, _info(name, loaded, plan), head_rows)
 
 
 def use_compile_cache() -> None:

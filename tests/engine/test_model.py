@@ -9,6 +9,7 @@ from reference import decoder as reference
 from support.checkpoints import FAMILIES, make_checkpoint
 
 from engine.errors import ConfigError, WeightsError
+from engine.head_rows import HeadRows
 from engine.model import causal_attend, load_checkpoint, load_config, save_checkpoint
 
 
@@ -121,3 +122,14 @@ def test_missing_and_broken_config_are_named(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="is not JSON"):
         load_config(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])  # an untied head, and a tied one
+@pytest.mark.parametrize("count", [0, 1, 16, 17, 1500])
+def test_rows_of_the_head_are_those_of_the_file(tmp_path, family, count):
+    config, tensors = make_checkpoint(tmp_path, family)
+    weights = tensors.get("lm_head.weight", tensors["model.embed_tokens.weight"])
+    ids = np.random.default_rng(count).integers(0, len(weights), count)
+    rows = HeadRows(load_checkpoint(tmp_path))(ids)
+    assert rows.shape == (count, config["hidden_size"])
+    np.testing.assert_array_equal(rows, np.asarray(weights, np.float32)[ids])

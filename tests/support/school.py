@@ -11,7 +11,7 @@ from support import journals
 from support.captures import capture_of, rows_of
 
 from adapters.gate import GenericStats
-from adapters.store import AdapterStore
+from adapters.store import AdapterStore, Version
 from adapters.table import TableLimits
 from engine.api import ScoreResult
 from sona.events import EventBus
@@ -77,7 +77,7 @@ class School:
         self.store = AdapterStore(directory / "adapters.db")
         self.routing = Routing(GenericStats.build(hidden[:256], hidden, guard))
         for version in self.store.all_live(base_hash):
-            with contextlib.suppress(AttributeError):  # a LoadFailure is not served
+            if isinstance(version, Version):  # else a LoadFailure
                 self.routing.publish(version)
         self.patterns = Patterns(
             self.store, self.journal, self.routing, rows_of(head), TableLimits(), base_hash

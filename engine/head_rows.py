@@ -1,0 +1,39 @@
+"""Rows of the served head on the host, for logits outside a capture."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from engine.model import LoadedModel
+
+_SIZES = (16, 128, 1024)  # ids per compiled gather; more are taken in pieces
+
+
+class HeadRows:
+    """Gathers rows of the head matrix. Compiled on construction; then for any thread."""
+
+    def __init__(self, model: LoadedModel) -> None:
+        decoder = model.merge()
+        if decoder.head is None:
+            self._weights, axis = decoder.embedding[...], 0
+        else:
+            self._weights, axis = decoder.head.kernel[...], 1
+
+        def gather(weights: jax.Array, ids: jax.Array) -> jax.Array:
+            rows = jnp.take(weights, ids, axis=axis)
+            return (rows if axis == 0 else rows.T).astype(jnp.float32)
+
+        self._gather = jax.jit(gather)
+        for size in _SIZES:
+            self._gather(self._weights, np.zeros(size, np.int32))
+
+    def __call__(self, ids: np.ndarray) -> np.ndarray:
+        """Rows [len(ids), D] float32 of these token ids."""
+        pieces = [self._piece(ids[at : at + _SIZES[-1]]) for at in range(0, len(ids), _SIZES[-1])]
+        return np.concatenate(pieces) if pieces else self._piece(ids)
+
+    def _piece(self, ids: np.ndarray) -> np.ndarray:
+        size = next(size for size in _SIZES if size >= len(ids))
+        padded = np.zeros(size, np.int32)
+        padded[: len(ids)] = ids
+        return np.asarray(self._gather(self._weights, padded))[: len(ids)]
