@@ -5,6 +5,7 @@ iterator at any time: the job ends and its pages return. Nothing here knows a wi
 """
 
 import enum
+import math
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -12,6 +13,9 @@ from typing import Protocol
 import numpy as np
 
 NUM_CAPTURED_LOGITS = 64  # base logits kept per captured position
+MAX_LOGPROBS = 20
+MAX_SEED = 2**63 - 1
+_MAX_TOP_K = 2**31 - 1
 
 
 class FinishReason(enum.Enum):
@@ -25,7 +29,7 @@ class FinishReason(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How logits become a token. Checked by `engine.sampling.check`."""
+    """How logits become a token."""
 
     temperature: float = 1.0  # 0 is greedy
     top_k: int = 0  # 0 keeps the whole vocabulary
@@ -36,6 +40,22 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None  # None: none; n: the chosen token's and the n best, n <= 20
+
+    def fault(self) -> tuple[str, object, str] | None:
+        """The first setting that no draw could follow: its name, its value, what is allowed."""
+        is_warmth = math.isfinite(self.temperature) and self.temperature >= 0
+        for name, is_allowed, allowed in (
+            ("temperature", is_warmth, "a finite number from 0 (greedy) up"),
+            ("top_p", 0 < self.top_p <= 1, "a number above 0, up to 1 (all)"),
+            ("top_k", 0 <= self.top_k <= _MAX_TOP_K, "0 (all) or more"),
+            ("max_tokens", self.max_tokens >= 1, "1 or more"),
+            ("seed", 0 <= (self.seed or 0) <= MAX_SEED, f"0 to {MAX_SEED}"),
+            ("logprobs", 0 <= (self.logprobs or 0) <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}"),
+            ("stop", all(self.stop), "texts of one character or more"),
+        ):
+            if not is_allowed:
+                return name, getattr(self, name), allowed
+        return None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -5,7 +5,6 @@ the ordered bit pattern of a float32, so nothing is sorted; the draw is the Gumb
 key made of the request's seed and the token's index, so it does not depend on the batch.
 """
 
-import math
 from collections.abc import Callable
 
 import jax
@@ -15,28 +14,16 @@ from jaxtyping import Array, Float, Int
 from engine.api import SamplingParams
 from engine.errors import InvalidJob
 
-MAX_LOGPROBS = 20
-_MAX_TOP_K = 2**31 - 1
 _FLOOR = -1e30
 _BITS = 32  # of a float32 pattern: turns of a bisection
 
 
 def check(params: SamplingParams) -> None:
     """Refuse settings that mean nothing. Raises InvalidJob naming the first."""
-    if not math.isfinite(params.temperature) or params.temperature < 0:
-        raise InvalidJob(f"temperature is {params.temperature}; use 0 (greedy) or a number above")
-    if not 0.0 < params.top_p <= 1.0:
-        raise InvalidJob(f"top_p is {params.top_p}; must lie in (0, 1]")
-    if not 0 <= params.top_k <= _MAX_TOP_K:
-        raise InvalidJob(f"top_k is {params.top_k}; use 0 (whole vocabulary) or a positive number")
-    if params.max_tokens < 1:
-        raise InvalidJob(f"max_tokens is {params.max_tokens}; must be >= 1")
-    if params.logprobs is not None and not 0 <= params.logprobs <= MAX_LOGPROBS:
-        raise InvalidJob(f"logprobs is {params.logprobs}; must lie in [0, {MAX_LOGPROBS}]")
-    if any(not stop for stop in params.stop):
-        raise InvalidJob("a stop string is empty; remove it")
-    if params.seed is not None and not 0 <= params.seed < 2**63:
-        raise InvalidJob(f"seed is {params.seed}; must lie in [0, 2^63)")
+    fault = params.fault()
+    if fault is not None:
+        name, value, allowed = fault
+        raise InvalidJob(f"{name} is {value}; use {allowed}")
 
 
 def sample(

@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from engine import sampling
-from engine.api import NUM_CAPTURED_LOGITS
+from engine.api import MAX_LOGPROBS, NUM_CAPTURED_LOGITS
 from engine.kv.pool import KVPool
 from engine.model import Decoder, LoadedModel
 from engine.ops.head_delta import HeadStack, add_head_delta
@@ -177,7 +177,7 @@ def _sample(
     )
     total_B = jax.nn.logsumexp(logits, axis=1)
     logprob = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - total_B
-    num_best = min(sampling.MAX_LOGPROBS, logits.shape[1])
+    num_best = min(MAX_LOGPROBS, logits.shape[1])
     best, ids = jax.lax.cond(
         jnp.any(ints[:, NUM_LOGPROBS] > 0),
         lambda: _top_k(logits, num_best),

@@ -4,7 +4,6 @@ What needs the tokenizer or the stored request (`check_prompt_len`, `check_corre
 by the domain as soon as it has them.
 """
 
-import math
 from dataclasses import dataclass
 
 from engine.api import SamplingParams
@@ -20,12 +19,10 @@ from sona.requests import (
     TokenPrompt,
 )
 
-MAX_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_STOP_LEN = 256  # characters
 MAX_ID_LEN = 128  # characters of a request_id or feedback_id
 MAX_REMARK_BYTES = 16_384  # comment and metadata of one feedback
-MAX_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,32 +116,11 @@ def check_prompt_len(num_tokens: int, limits: Limits) -> None:
 
 def check_sampling(sampling: SamplingParams, limits: Limits) -> None:
     """Refuse sampling that no draw could follow."""
-    for name, value, is_allowed, allowed in (
-        (
-            "temperature",
-            sampling.temperature,
-            math.isfinite(sampling.temperature) and sampling.temperature >= 0,
-            "a finite number from 0 (greedy) up",
-        ),
-        ("top_p", sampling.top_p, 0 < sampling.top_p <= 1, "a number above 0, up to 1 (all)"),
-        ("top_k", sampling.top_k, sampling.top_k >= 0, "0 (all) or more"),
-        ("max_tokens", sampling.max_tokens, sampling.max_tokens >= 1, "1 or more"),
-        (
-            "seed",
-            sampling.seed,
-            sampling.seed is None or 0 <= sampling.seed <= MAX_SEED,
-            f"0 to {MAX_SEED}",
-        ),
-        (
-            "logprobs",
-            sampling.logprobs,
-            sampling.logprobs is None or 0 <= sampling.logprobs <= MAX_LOGPROBS,
-            f"0 to {MAX_LOGPROBS}",
-        ),
-    ):
-        if not is_allowed:
-            path = f"sampling.{name}"
-            raise InvalidField(path, f"{path} is {value}; use {allowed}")
+    fault = sampling.fault()
+    if fault is not None:
+        name, value, allowed = fault
+        path = f"sampling.{name}"
+        raise InvalidField(path, f"{path} is {value}; use {allowed}")
     if len(sampling.stop) > MAX_STOPS or len(sampling.stop_token_ids) > MAX_STOPS:
         raise InvalidField("sampling.stop", f"too many stops; use at most {MAX_STOPS} of a kind")
     for stop in sampling.stop:

@@ -1,13 +1,10 @@
-"""adapters.db: its tables, how a connection is opened, and what SQLite's errors mean here."""
+"""adapters.db: its tables, and what SQLite's errors mean here."""
 
-import os
 import sqlite3
 from pathlib import Path
 
 from adapters.errors import AdapterError, SnapshotCorrupt, StoreUnwritable
-
-_OLDEST_SQLITE = (3, 37)  # STRICT tables
-_BUSY_TIMEOUT_S = 5.0  # only a foreign tool can hold the lock: we write under a mutex
+from adapters.store import sqlite
 
 # One tuple of statements per schema version. Released entries never change; add a new one.
 _MIGRATIONS: tuple[tuple[str, ...], ...] = (
@@ -66,64 +63,15 @@ _MIGRATIONS: tuple[tuple[str, ...], ...] = (
 
 
 def create(path: Path) -> None:
-    """Make the file, readable by its owner only, and bring it to the newest schema."""
-    if sqlite3.sqlite_version_info < _OLDEST_SQLITE:
-        raise AdapterError(
-            f"this Python carries SQLite {sqlite3.sqlite_version}; the store needs 3.37 or newer: "
-            "use a newer Python build"
-        )
+    """Make the file and bring it to the newest schema."""
     try:
-        # SQLite gives its -wal and -shm files the mode of the database file.
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-        connection = connect(path)
-        try:
-            _migrate(connection, path)
-        finally:
-            connection.close()
+        sqlite.create(path, _MIGRATIONS, AdapterError)
     except OSError as error:
         raise StoreUnwritable(
             f"cannot open {path}: {error.strerror}; check its permissions"
         ) from error
     except sqlite3.Error as error:
         raise translate(error, path) from error
-
-
-def connect(path: Path, *, is_reader: bool = False) -> sqlite3.Connection:
-    """Open a connection that any one thread at a time may use. Raises sqlite3.Error."""
-    connection = sqlite3.connect(
-        path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
-    )
-    connection.row_factory = sqlite3.Row
-    try:
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = FULL")  # WAL: one sync per commit
-        connection.execute("PRAGMA foreign_keys = ON")
-        connection.execute("PRAGMA secure_delete = ON")  # compacted arrays leave the file
-        connection.execute(f"PRAGMA query_only = {'ON' if is_reader else 'OFF'}")
-    except sqlite3.Error:
-        connection.close()
-        raise
-    return connection
-
-
-def _migrate(connection: sqlite3.Connection, path: Path) -> None:
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
-    if version > len(_MIGRATIONS):
-        raise AdapterError(
-            f"{path} has schema {version}, this SONA knows up to {len(_MIGRATIONS)}; start the "
-            "SONA that wrote it, or use another --data-dir"
-        )
-    for number, statements in enumerate(_MIGRATIONS[version:], start=version + 1):
-        connection.execute("BEGIN IMMEDIATE")
-        try:
-            for statement in statements:
-                connection.execute(statement)
-            connection.execute(f"PRAGMA user_version = {number}")
-            connection.execute("COMMIT")
-        except sqlite3.Error:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
-            raise
 
 
 def translate(error: sqlite3.Error, path: Path) -> AdapterError:

@@ -17,7 +17,7 @@ from adapters.errors import (
     SnapshotCorrupt,
     StaleCandidate,
 )
-from adapters.store import arrays, database, rows
+from adapters.store import arrays, database, rows, sqlite
 from adapters.store.records import (
     LoadFailure,
     SlotKey,
@@ -57,7 +57,7 @@ class AdapterStore:
         database.create(path)
         self._writer: sqlite3.Connection | None = None  # opened by the first write
         try:
-            self._reader = database.connect(path, is_reader=True)
+            self._reader = sqlite.connect(path, is_reader=True)
         except sqlite3.Error as error:
             raise database.translate(error, path) from error
 
@@ -222,7 +222,7 @@ class AdapterStore:
             self._check_open()
             try:
                 if self._writer is None:
-                    self._writer = database.connect(self._path)
+                    self._writer = sqlite.connect(self._path)
                 self._writer.execute("BEGIN IMMEDIATE")
                 yield self._writer
                 self._writer.execute("COMMIT")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from adapters.store import sqlite
 from sona.errors import (
     FeedbackNotFound,
     Overloaded,
@@ -69,9 +70,9 @@ class Journal:
         self._readers: queue.LifoQueue[sqlite3.Connection] = queue.LifoQueue()
         try:
             for _ in range(_NUM_READERS):
-                self._readers.put(schema.connect(path, is_reader=True))
+                self._readers.put(sqlite.connect(path, is_reader=True))
             self._writer = Writer(
-                functools.partial(schema.connect, path),
+                functools.partial(sqlite.connect, path),
                 self._translate,
                 max_queued=max_queued,
                 max_queued_bytes=max_queued_bytes,

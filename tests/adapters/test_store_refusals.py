@@ -13,7 +13,7 @@ from adapters.errors import (
     IncompatibleAdapter,
     SnapshotCorrupt,
 )
-from adapters.store import AdapterStore, LoadFailure, SlotKey, database
+from adapters.store import AdapterStore, LoadFailure, SlotKey, sqlite
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ def test_a_closed_store_says_so(path):
 
 
 def test_every_connection_syncs_its_commits(store, path):
-    connection = database.connect(path)
+    connection = sqlite.connect(path)
     pragmas = [
         connection.execute(f"PRAGMA {name}").fetchone()[0]
         for name in ("journal_mode", "synchronous", "foreign_keys")

@@ -92,7 +92,7 @@ def test_full_nucleus_keeps_everything_that_has_mass():
         ({"top_k": -1}, "top_k is -1"),
         ({"max_tokens": 0}, "max_tokens is 0"),
         ({"logprobs": 21}, "logprobs is 21"),
-        ({"stop": ("",)}, "a stop string is empty"),
+        ({"stop": ("",)}, "stop is .*; use texts of one character"),
         ({"seed": -1}, "seed is -1"),
     ],
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from support.journals import HOUR, NOW, Clock, add, assert_same_positions, draft, positions, request
 
+from adapters.store import sqlite
 from sona.errors import (
     FeedbackConflict,
     ForeignRequest,
@@ -26,7 +27,6 @@ from sona.journal import (
     Journal,
     Score,
     StateChange,
-    schema,
 )
 
 
@@ -186,7 +186,7 @@ def test_storage_needs_no_jax():
 
 
 def test_every_connection_syncs_its_commits(journal, tmp_path):
-    connection = schema.connect(tmp_path / "journal.db")
+    connection = sqlite.connect(tmp_path / "journal.db")
     pragmas = [
         connection.execute(f"PRAGMA {name}").fetchone()[0]
         for name in ("journal_mode", "synchronous", "foreign_keys")

@@ -217,7 +217,7 @@ def test_close_commits_what_waits_and_refuses_what_comes(path):
 
 
 def test_a_foreign_lock_is_reported_and_the_writer_goes_on(path, monkeypatch):
-    monkeypatch.setattr("sona.journal.schema._BUSY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("adapters.store.sqlite._BUSY_TIMEOUT_S", 0.05)
     with Journal(path) as journal:
         journal.record_request(request("r0")).result(10)
         with busy_disk(path), pytest.raises(JournalError, match="no other program"):

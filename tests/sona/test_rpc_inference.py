@@ -124,7 +124,7 @@ async def test_a_prompt_that_cannot_be_answered_is_refused(served, fields, field
         ({"max_tokens": 0}, "sampling.max_tokens is 0; use 1 or more"),
         ({"logprobs": 21}, "sampling.logprobs is 21; use 0 to 20"),
         ({"seed": 2**63}, "sampling.seed"),
-        ({"stop": [""]}, "a stop text has 0 characters"),
+        ({"stop": [""]}, "use texts of one character or more"),
         ({"stop": ["x"] * 17}, "at most 16"),
         ({"stop_token_ids": [99]}, "sampling.stop_token_ids has 99"),
         ({"n": 0}, "sampling.n is 0"),
