@@ -11,10 +11,12 @@ import contextlib
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 
+from sona.bench import results
 from sona.bench.child import Child, child_server
 from sona.bench.statistics import quantile
 from sona.bench.tasks import Convention, Item
@@ -48,12 +50,12 @@ class _Stream:
     between: list[float] = field(default_factory=list)
 
 
-def run() -> int:
-    """Measure, print; the exit status is 1 when a bound is missed."""
-    return asyncio.run(_run(Console()))
+def run(*, output: Path | None = None) -> int:
+    """Measure, print, write; the exit status is 1 when a bound is missed."""
+    return asyncio.run(_run(Console(), output))
 
 
-async def _run(console: Console) -> int:
+async def _run(console: Console, output: Path | None) -> int:
     students = [f"s{i}" for i in range(2 * _STUDENTS)] + ["load", "taught"]
     async with (
         child_server(students) as learning,
@@ -66,7 +68,28 @@ async def _run(console: Console) -> int:
             loaded = await _delays(learning, students[_STUDENTS : 2 * _STUDENTS])
             loaded.first_token = seen.first_token
         ratios = await _beside(learning, frozen, rate / 2)
+    results.write(output, "sona bench latency", _figures(rate, idle, loaded, ratios))
     return _show(console, idle, loaded, ratios)
+
+
+def _figures(
+    rate: float, idle: _Samples, loaded: _Samples, ratios: list[float]
+) -> dict[str, object]:
+    series = {
+        "first token of an unlearned request, half load": loaded.first_token,
+        "idle, first edit": idle.edited,
+        "idle, whole correction": idle.absorbed,
+        "half load, first edit": loaded.edited,
+        "half load, whole correction": loaded.absorbed,
+    }
+    return {
+        "capacity_requests_per_s": rate,
+        "seconds": {
+            name: {"p50": quantile(values, 0.5), "p99": quantile(values, 0.99), "n": len(values)}
+            for name, values in series.items()
+        },
+        "inter_token_ratio_on_to_off": ratios,
+    }
 
 
 async def _capacity(child: Child) -> float:

@@ -7,17 +7,15 @@ prior-art rule in an engine of its own.
 """
 
 import asyncio
-import json
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 
+from sona.bench import results
 from sona.bench.arms import NearestMemory, shuffled_target
 from sona.bench.child import Child, child_server
 from sona.bench.classroom import Classroom, Marks, base_right
@@ -109,9 +107,8 @@ def run(*, seeds: int = 5, output: Path | None = None, model: str = "") -> int:
     figures = book.figures()
     missed = _show(console, figures)
     console.print(f"{time.monotonic() - started:.0f} s in all, {seeds} seeds.")
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(_document(figures, seeds), indent=1) + "\n", "utf-8")
+    command = f"sona bench learn --quick --seeds {seeds}"
+    results.write(output, command, _document(figures, missed))
     return 1 if missed else 0
 
 
@@ -269,12 +266,10 @@ def _show(console: Console, figures: dict[str, Figure]) -> list[str]:
     return missed
 
 
-def _document(figures: dict[str, Figure], seeds: int) -> dict[str, object]:
+def _document(figures: dict[str, Figure], missed: list[str]) -> dict[str, object]:
     return {
-        "command": f"sona bench learn --quick --seeds {seeds}",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": f"{platform.machine()}, {platform.processor() or platform.system()}",
         "items_per_cell": _NUM_ITEMS,
+        "bounds_missed": missed,
         "figures": {
             name: {
                 "mean": figure.mean,

@@ -7,6 +7,7 @@ alternated with an empty compiled call, so that the machine's own noise can be t
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from adapters.solve import compile_buckets
 from adapters.state import HeadState
 from adapters.table import export
 from engine.api import NUM_CAPTURED_LOGITS, Capture
+from sona.bench import results
 from sona.bench.statistics import quantile
 
 _SIZES = ((128, 1_280), (896, 151_936))  # d, V: the shipped model's and a 0.5B checkpoint's
@@ -39,9 +41,10 @@ class _Timings:
     reliability: float  # edits that hold after the last one, over all patterns
 
 
-def run() -> int:
-    """Measure, print; the exit status is 1 when a bound is missed."""
+def run(*, output: Path | None = None) -> int:
+    """Measure, print, write; the exit status is 1 when a bound is missed."""
     console, missed = Console(), 0
+    figures: dict[str, dict[str, float]] = {}
     compile_buckets()
     for dim, vocab_size in _SIZES:
         timings = _measure(dim, vocab_size)
@@ -55,7 +58,19 @@ def run() -> int:
             f"(≥ 0.97: {'held' if held else 'MISSED'})",
             highlight=False,
         )
+        figures[f"d={dim}, V={vocab_size}"] = _figures(timings)
+    results.write(output, "sona bench update", {"milliseconds": figures})
     return 1 if missed else 0
+
+
+def _figures(timings: _Timings) -> dict[str, float]:
+    series = {"first": timings.first, "sweeps": timings.sweeps, "empty call": timings.empty}
+    return {
+        **{f"{name} p50": quantile(values, 0.5) for name, values in series.items()},
+        **{f"{name} p99": quantile(values, 0.99) for name, values in series.items()},
+        "updates": len(timings.first),
+        "reliability": timings.reliability,
+    }
 
 
 def _row(

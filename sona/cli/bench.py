@@ -11,12 +11,15 @@ def bench() -> None:
     """Measurements, with their figures as JSON."""
 
 
+_OUTPUT = click.option(
+    "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures here."
+)
+
+
 @bench.command()
 @click.option("--quick", is_flag=True, help="The short protocol: at most 30 minutes.")
 @click.option("--seeds", type=click.IntRange(min=1), default=5, show_default=True)
-@click.option(
-    "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures here."
-)
+@_OUTPUT
 @click.option("--model", default="", help="A checkpoint's directory; default: the shipped model.")
 def learn(quick: bool, seeds: int, output: Path | None, model: str) -> None:
     """What corrections gain on held-out items, and what else they move."""
@@ -30,18 +33,20 @@ def learn(quick: bool, seeds: int, output: Path | None, model: str) -> None:
 
 
 @bench.command()
-def update() -> None:
+@_OUTPUT
+def update(output: Path | None) -> None:
     """How long an instant update takes, states in hand to table handed over."""
     import sona.bench.update
 
-    sys.exit(sona.bench.update.run())
+    sys.exit(sona.bench.update.run(output=output))
 
 
 @bench.command()
-def latency() -> None:
+@_OUTPUT
+def latency(output: Path | None) -> None:
     """How soon a correction is served, and what learning costs everybody else."""
     import sona.bench.latency
     from sona.cli.shared import failures_told
 
     with failures_told():
-        sys.exit(sona.bench.latency.run())
+        sys.exit(sona.bench.latency.run(output=output))
