@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 
 from adapters.solve import compile_buckets
+from adapters.threads import use_one_blas_thread
 from engine.client import build_runner
 from engine.config import EngineConfig, EnginePlan, plan_engine
 from engine.errors import ConfigError
@@ -63,6 +64,7 @@ def warm_up(
     )
     runner = build_runner(loaded, plan, progress)
     progress("compile learning", 0, 1)
+    use_one_blas_thread()
     head_rows = HeadRows(loaded)
     if learns:
         compile_buckets()

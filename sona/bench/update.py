@@ -20,6 +20,7 @@ from adapters.metric import KeyMetric
 from adapters.solve import compile_buckets
 from adapters.state import HeadState
 from adapters.table import export
+from adapters.threads import use_one_blas_thread
 from engine.api import NUM_CAPTURED_LOGITS, Capture
 from sona.bench import results
 from sona.bench.statistics import quantile
@@ -45,6 +46,7 @@ def run(*, output: Path | None = None) -> int:
     """Measure, print, write; the exit status is 1 when a bound is missed."""
     console, missed = Console(), 0
     figures: dict[str, dict[str, float]] = {}
+    use_one_blas_thread()
     compile_buckets()
     for dim, vocab_size in _SIZES:
         timings = _measure(dim, vocab_size)
