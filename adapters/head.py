@@ -40,7 +40,6 @@ class SolveReport:
     num_rows: int
     num_failing: int  # active positions below their bound
     failing: tuple[str, ...]  # their feedbacks
-    lost: tuple[str, ...]  # feedbacks of active edits that something else is likelier than
     min_probability: float  # over active edits; 1 without any
     num_sweeps: int
     num_steps: int
@@ -238,18 +237,13 @@ def _report(
     columns = state.columns
     is_edit = columns["is_active"] & columns["is_edit"]
     fails = columns["is_active"] & (state.log_odds < columns["need"])
-
-    def feedbacks(which: np.ndarray) -> tuple[str, ...]:
-        return tuple(state.feedback_ids[i] for i in sorted(set(columns["feedback"][which])))
-
     return SolveReport(
         num_edits=int(is_edit.sum()),
         num_constraints=int((columns["is_active"] & ~columns["is_edit"]).sum()),
         num_conventions=int((columns["is_active"] & columns["is_convention"]).sum()),
         num_rows=state.base.num_rows,
         num_failing=int(fails.sum()),
-        failing=feedbacks(fails),
-        lost=feedbacks(is_edit & (state.log_odds < 0)),
+        failing=tuple(state.feedback_ids[i] for i in np.unique(columns["feedback"][fails])),
         min_probability=probability(state.log_odds[is_edit].min(initial=np.inf)),
         num_sweeps=effort[0],
         num_steps=effort[1],

@@ -60,6 +60,8 @@ class TableReport:
     num_holding_after: int
     min_probability_before: float  # over active edits; 1 without any
     min_probability_after: float
+    lost: tuple[str, ...]  # feedbacks of which an active edit is not kept in the table
+    replaced: tuple[str, ...]  # feedbacks of which an edit gave way to a later, contrary one
 
     @property
     def is_exact(self) -> bool:
@@ -191,6 +193,10 @@ def _report(
     columns, before = state.columns, state.log_odds
     is_edit = columns["is_active"] & columns["is_edit"]
     is_constraint = columns["is_active"] & ~columns["is_edit"]
+
+    def feedbacks(which: np.ndarray) -> tuple[str, ...]:
+        return tuple(state.feedback_ids[i] for i in np.unique(columns["feedback"][which]))
+
     return TableReport(
         form=form,
         rank=len(table.keys),
@@ -206,4 +212,6 @@ def _report(
         num_holding_after=int((after >= columns["need"])[is_constraint].sum()),
         min_probability_before=probability(before[is_edit].min(initial=np.inf)),
         min_probability_after=probability(after[is_edit].min(initial=np.inf)),
+        lost=feedbacks(is_edit & ~(after > 0)),
+        replaced=feedbacks(columns["is_edit"] & ~columns["is_active"]),
     )

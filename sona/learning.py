@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
-from adapters.errors import AdapterNotFound, CandidateRejected
+from adapters.errors import AdapterNotFound
 from adapters.store import AdapterStore, Scope, SlotKey, VersionInfo
 from sona.auth import Principal
 from sona.events import EventBus
@@ -41,7 +41,7 @@ class LearningService:
         slots = await asyncio.to_thread(self._visible, principal)
         return LearningStatus(
             state=self._state(),
-            reason=self.loop.pause_reason,
+            reason=self.loop.why_not_running,
             num_pending=counts.num_pending,
             num_feedback=counts.num_feedback,
             num_adapters=len(slots),
@@ -70,8 +70,10 @@ class LearningService:
         """Serve an earlier version's content as a new version; its later feedback is undone."""
 
         def on_learner() -> tuple[FeedbackRecord, ...]:
-            target = self._before_last_feedback(slot) if to_version is None else to_version
-            return self.loop.teacher.roll_back(slot, target, reason)
+            teacher = self.loop.teacher
+            if to_version is None:
+                return teacher.undo(slot, reason)
+            return teacher.roll_back(slot, to_version, reason)
 
         undone = await asyncio.wrap_future(self.loop.run(on_learner))
         info = await asyncio.to_thread(self._info, slot)
@@ -151,26 +153,3 @@ class LearningService:
             feedback_ids=tuple(record.feedback_id for record in records),
             reason=str(info.report.get("reason", "")),
         )
-
-    def _before_last_feedback(self, slot: SlotKey) -> int:
-        """The newest version that the last feedback in force had no part in; 0 when none is left.
-
-        A correction makes several versions (its first token, the rest, owed sweeps): undoing it
-        goes behind all of them. Undoing twice undoes two, whatever rollbacks lie in between.
-        """
-        versions = {info.number: info for info in self.store.history(slot)}
-        if not versions:
-            raise AdapterNotFound(f"no {slot}; ListAdapters names those that exist")
-
-        def restored(number: int) -> int:
-            while number and versions[number].restores is not None:
-                number = versions[number].restores or 0
-            return number
-
-        now = restored(max(versions))
-        if not now:
-            raise CandidateRejected(f"nothing is in force in {slot}; there is nothing to undo")
-        before = restored(versions[now].parent)
-        while before and versions[before].feedback_seqs == versions[now].feedback_seqs:
-            before = restored(versions[before].parent)
-        return before

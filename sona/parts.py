@@ -69,12 +69,14 @@ def compose(
     table_limits = TableLimits(
         rank=plan.head_rank, max_rows=plan.head_rows, max_tokens=plan.head_tokens
     )
-    patterns = Patterns(store, journal, routing, warm.head_rows, table_limits, info.base_hash)
 
     def targets(record: FeedbackRecord) -> tuple[int, ...]:
         return target_ids(warm.tokenizer, record)
 
-    teacher = Teacher(journal, patterns, events, targets, metrics)
+    patterns = Patterns(
+        store, journal, routing, warm.head_rows, table_limits, info.base_hash, targets
+    )
+    teacher = Teacher(journal, patterns, events, metrics)
     loop = InstantLoop(journal, teacher, engine, metrics)
     running: dict[str, str] = {}
     inference = InferenceService(

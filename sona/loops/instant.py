@@ -27,7 +27,7 @@ from adapters.store import SlotKey
 from engine.api import Generator, ScoreResult
 from engine.errors import EngineStopped, InvalidJob
 from sona.errors import DiskFull, Overloaded, ShuttingDown
-from sona.journal import FeedbackRecord, FeedbackState, Journal
+from sona.journal import FeedbackRecord, Journal
 from sona.loops.teacher import Teacher
 from sona.metrics import Metrics
 
@@ -81,7 +81,7 @@ class InstantLoop:
         self._is_open.set()
         self._is_stopped = False
         self._thread = threading.Thread(target=self._run, name="learner", daemon=True)
-        self.pause_reason = ""
+        self._pause_reason = ""
 
     def start(self, *, learns: bool) -> None:
         """Take up what an earlier run left unlearned, then what comes.
@@ -110,18 +110,25 @@ class InstantLoop:
 
     @property
     def is_running(self) -> bool:
-        """False while paused."""
-        return self._is_open.is_set()
+        """False while paused, and once the thread has ended."""
+        return self._is_open.is_set() and not self._is_stopped
+
+    @property
+    def why_not_running(self) -> str:
+        """The operator's reason, or that the thread has ended."""
+        if self._is_stopped:
+            return "the learner has ended; the log says why: restart the server"
+        return self._pause_reason
 
     def pause(self, reason: str) -> None:
         """Learn nothing until `resume` or the next start of the server; feedback waits."""
-        self.pause_reason = reason
+        self._pause_reason = reason
         self._metrics.learning_paused(True)
         self._is_open.clear()
 
     def resume(self) -> None:
         """Learn what waits, and go on."""
-        self.pause_reason = ""
+        self._pause_reason = ""
         self._metrics.learning_paused(False)
         self._is_open.set()
         self._inbox.put(_Call(lambda: None, Future()))  # wakes the thread
@@ -132,19 +139,26 @@ class InstantLoop:
         self._thread.join()
 
     def _run(self) -> None:
-        while (item := self._next()) is not None:
-            if isinstance(item, _Call):
-                _answer(item)
-            elif isinstance(item, SlotKey):
-                self._guarded(lambda slot=item: self.teacher.settle(slot), None)
-            elif isinstance(item, _Scored):
-                self._num_scoring -= 1
-                self._ask_for_passes()
-                self._guarded(lambda scored=item: self._second_lesson(scored), item.record)
-            else:
-                self._guarded(lambda record=item: self._first_lesson(record), item)
-        self._is_stopped = True
-        self._refuse_calls()
+        try:
+            while (item := self._next()) is not None:
+                self._take(item)
+        except Exception:
+            log.exception("the learner thread failed; nothing more will be learned")
+        finally:
+            self._is_stopped = True
+            self._refuse_calls()
+
+    def _take(self, item: FeedbackRecord | _Scored | _Call | SlotKey) -> None:
+        if isinstance(item, _Call):
+            _answer(item)
+        elif isinstance(item, SlotKey):
+            self._guarded(lambda: self.teacher.settle(item), None)
+        elif isinstance(item, _Scored):
+            self._num_scoring -= 1
+            self._guarded(lambda: self._second_lesson(item), item.record)
+            self._ask_for_passes()
+        else:
+            self._guarded(lambda: self._first_lesson(item), item)
 
     def _next(self) -> FeedbackRecord | _Scored | _Call | SlotKey | None:
         """What arrived first; with nothing waiting, a pattern that owes sweeps."""
@@ -168,15 +182,14 @@ class InstantLoop:
         except _PASSING as error:
             self._later(record, error)
         except IncompatibleAdapter as error:
-            assert record is not None
-            log.info("feedback %s waits: %s", record.feedback_id, error)
+            log.info("%s waits: %s", record.feedback_id if record else "a pattern", error)
         except (AdapterError, InvalidJob) as error:
+            reason = str(error)
             self.teacher.failed(None, "")
             if record is None:
                 log.warning("a pattern could not be settled: %s", error)
             else:
-                reject = self.teacher.give_up
-                self._guarded(lambda: reject(record, FeedbackState.REJECTED, str(error)), record)
+                self._guarded(lambda: self.teacher.reject(record, reason), record)
         except Exception:
             log.exception("a learning step failed; what was served before stays")
             self.teacher.failed(record, "internal error")
@@ -202,7 +215,7 @@ class InstantLoop:
 
     def _ask_for_passes(self) -> None:
         """Hand the engine a few passes at a time; the results come back through the inbox."""
-        while self._passes and self._num_scoring < _MAX_SCORING:
+        while self._passes and self._num_scoring < _MAX_SCORING and not self._aio.is_closed():
             self._num_scoring += 1
             asyncio.run_coroutine_threadsafe(self._score(self._passes.popleft()), self._aio)
 

@@ -6,12 +6,14 @@ between the two is mended by the next start: `InstantLoop` takes up what is stil
 `mend` finishes a rollback.
 """
 
+import contextlib
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from adapters.errors import AdapterNotFound, CandidateRejected
 from adapters.store import SlotKey, Version, VersionInfo
 from engine.api import ScoreResult
+from sona.errors import FeedbackNotFound
 from sona.events import EventBus
 from sona.journal import (
     Correction,
@@ -21,13 +23,11 @@ from sona.journal import (
     Positions,
     StateChange,
 )
-from sona.loops.lessons import MAX_POSITIONS, as_batch, is_whole, scored_lesson
+from sona.loops.lessons import as_batch, is_whole, scored_lesson
 from sona.loops.patterns import Lesson, Patterns
+from sona.loops.standing import moved, standing
 from sona.metrics import Metrics
 from sona.ports import Event, EventKind
-
-_NOT_HELD = "in force in part: the model cannot tell some of its tokens from others that must stay"
-CorrectedIds = Callable[[FeedbackRecord], tuple[int, ...]]
 
 
 @dataclass(slots=True)
@@ -47,18 +47,17 @@ class Teacher:
         journal: Journal,
         patterns: Patterns,
         events: EventBus,
-        target_ids: CorrectedIds,
         metrics: Metrics,
     ) -> None:
         self._journal, self.patterns, self._events = journal, patterns, events
-        self._target_ids, self._metrics = target_ids, metrics
+        self._metrics = metrics
         self._owing: dict[SlotKey, None] = {}  # patterns whose sweeps are due, oldest first
         self.counts = LessonCounts()
 
     def mend(self, *, learns: bool) -> None:
-        """Finish a rollback that an earlier run began; take up sweeps it left owing."""
-        for version, undone, redone in self.patterns.last_rollbacks():
-            self._tell_undone(version, undone, redone, str(version.report.get("reason", "")))
+        """Tell the journal what an earlier run stored and did not tell; take up what it owed."""
+        for *older, newest in self.patterns.histories():
+            self._agree(newest, older[-1] if older else None)
         self._owing = dict.fromkeys(self.patterns.owing() if learns else ())
 
     def next_owing(self) -> SlotKey | None:
@@ -83,16 +82,16 @@ class Teacher:
         slot = self._slot(record)
         if slot is None:
             return None
-        targets = self._target_ids(record)
+        targets = self.patterns.target_ids(record)
         positions = self._journal.positions(record.seq)
         if positions is None:
             return targets
         ends = is_whole(len(targets), len(positions))
         held = self.patterns.resumed(slot, record)  # an earlier run got this far
         if held is None:
-            self._teach(slot, record, positions, len(targets) if ends else None)
+            self._teach(slot, record, positions, is_whole=ends)
         elif ends:
-            self._publish(held, record, len(targets))
+            self._publish(held, record)
         return None if ends else targets
 
     def second_lesson(self, seq: int, result: ScoreResult) -> None:
@@ -100,7 +99,7 @@ class Teacher:
         record = self._journal.feedback_by_seq([seq])[0]
         if self._is_undone(record):
             return
-        targets = self._target_ids(record)
+        targets = self.patterns.target_ids(record)
         known = self._journal.positions(seq)
         positions = scored_lesson(
             targets,
@@ -116,31 +115,73 @@ class Teacher:
         ).result()
         slot = self._slot(record)
         if slot is not None:
-            self._teach(slot, record, positions, len(targets))
+            self._teach(slot, record, positions, is_whole=True)
 
     def settle(self, slot: SlotKey) -> None:
         """Pay off the sweeps that a large pattern owes."""
         lesson = self.patterns.settled(slot)
         if lesson is not None:
-            version, _ = self.patterns.publish(lesson)
-            self._published(version, None)
+            self._publish(lesson, None)
+
+    def undo(self, slot: SlotKey, reason: str) -> tuple[FeedbackRecord, ...]:
+        """Take back the last feedback in force, the whole of it. Returns the feedback undone."""
+        before = self._newest(slot)
+        if not before.feedback_seqs:
+            raise CandidateRejected(f"nothing is in force in {slot}; there is nothing to undo")
+        return self._without(slot, max(before.feedback_seqs), reason)
+
+    def _without(self, slot: SlotKey, seq: int, reason: str) -> tuple[FeedbackRecord, ...]:
+        """Take one feedback out and leave the others as if it had never come.
+
+        Where a version holds exactly the others, it is restored; else they are learned anew from
+        the journal.
+        """
+        before = self._newest(slot)
+        target = self.patterns.undo_target(slot, frozenset(before.feedback_seqs) - {seq})
+        if target is not None:
+            return self.roll_back(slot, target, reason)
+        self.patterns.check_base(before.base_hash)
+        version, _ = self.patterns.publish(self.patterns.without(slot, seq), reason=reason)
+        return self._taken_back(slot, before, version)
 
     def roll_back(self, slot: SlotKey, to_version: int, reason: str) -> tuple[FeedbackRecord, ...]:
         """Serve an earlier version's content as a new version. Returns the feedback undone by it.
 
         Feedback that comes back into force, when a later version is restored, is LEARNED again.
         """
-        version, undone, redone = self.patterns.rolled_back(slot, to_version, reason)
+        before = self._newest(slot)
+        return self._taken_back(slot, before, self.patterns.rolled_back(slot, to_version, reason))
+
+    def _newest(self, slot: SlotKey) -> VersionInfo:
+        newest = self.patterns.newest(slot)
+        if newest is None:
+            raise AdapterNotFound(f"no {slot}; ListAdapters names those that exist")
+        return newest
+
+    def _taken_back(
+        self, slot: SlotKey, before: VersionInfo, version: Version
+    ) -> tuple[FeedbackRecord, ...]:
         self._owing.pop(slot, None)
-        self._tell_undone(version.info, undone, redone, reason)
-        return self._journal.feedback_by_seq(undone)
+        self._agree(version.info, before)
+        return self._journal.feedback_by_seq(
+            set(before.feedback_seqs) - set(version.info.feedback_seqs)
+        )
 
     def give_up(self, record: FeedbackRecord, state: FeedbackState, reason: str) -> None:
         """Keep the feedback, say why it is not learned, and do not try again."""
         change = StateChange(state=state, reason=reason, is_learnable=False)
         self._journal.set_state([record.seq], change).result()
-        if state is FeedbackState.REJECTED:
-            self._emit(record, EventKind.FEEDBACK_REJECTED, reason=reason)
+
+    def reject(self, record: FeedbackRecord, reason: str) -> None:
+        """Give up a feedback that can never be learned; what was learned of it is taken back."""
+        record = self._journal.feedback_by_seq([record.seq])[0]
+        slot = self.patterns.slot_of(record)
+        newest = None if slot is None else self.patterns.newest(slot)
+        if slot is not None and newest is not None and record.seq in newest.feedback_seqs:
+            with contextlib.suppress(CandidateRejected):  # the others cannot be folded: they stay
+                self._without(slot, record.seq, reason)
+        self.give_up(record, FeedbackState.REJECTED, reason)
+        self._emit(record, EventKind.FEEDBACK_REJECTED, reason=reason)
 
     def failed(self, record: FeedbackRecord | None, reason: str) -> None:
         """Count a step that came to nothing, and say so to who watches."""
@@ -159,61 +200,76 @@ class Teacher:
         return slot
 
     def _teach(
-        self, slot: SlotKey, record: FeedbackRecord, positions: Positions, num_targets: int | None
+        self, slot: SlotKey, record: FeedbackRecord, positions: Positions, *, is_whole: bool
     ) -> None:
         """Solve, store, serve, and say so. The time between states and table is observed."""
         started = time.perf_counter()
-        lesson = self.patterns.taught(slot, record, as_batch(record.feedback_id, positions))
+        batch = as_batch(record.feedback_id, positions)
+        lesson = self.patterns.taught(slot, record, batch, is_whole=is_whole)
         solved_s = time.perf_counter() - started
-        handed_s = self._publish(lesson, record, num_targets)
+        handed_s = self._publish(lesson, record)
         step = "sweeps" if lesson.state.is_settled else "first"
         self._metrics.instant_update(step, solved_s + handed_s)
 
-    def _publish(self, lesson: Lesson, record: FeedbackRecord, num_targets: int | None) -> float:
-        """Store and serve a lesson; the seconds spent outside the store.
-
-        `num_targets` is the length of the right answer once all of it is learned, else None.
-        """
+    def _publish(self, lesson: Lesson, record: FeedbackRecord | None) -> float:
+        """Store and serve a lesson, of a feedback or of none; seconds spent outside the store."""
+        before = self.patterns.newest(lesson.slot)
         version, handed_s = self.patterns.publish(lesson)
         self._published(version, record)
         if not lesson.state.is_settled:
             self._owing[lesson.slot] = None
-        is_held = record.feedback_id not in lesson.report.lost
-        is_learned = is_held and num_targets is not None
-        change = StateChange(
-            state=FeedbackState.LEARNED if is_learned else FeedbackState.ACCEPTED,
-            adapter=version.slot.adapter_name,
-            version=version.number,
-            reason="" if num_targets is None else _reservation(num_targets, is_held=is_held),
-            conflicts_with=lesson.report.conflicts_with or None,
-            pattern_id=version.slot.pattern_id,
-            is_learnable=None if num_targets is None or is_held else False,
-        )
-        self._journal.set_state([record.seq], change).result()
-        if is_learned:
-            self._emit(record, EventKind.FEEDBACK_LEARNED, version)
+        self._agree(version.info, before, record, lesson.report.conflicts_with)
+        if record is not None:
+            now = self._standing(record, version.info)
+            if now.state is FeedbackState.LEARNED:
+                self._emit(record, EventKind.FEEDBACK_LEARNED, version)
+            elif now.reason:
+                self._emit(record, EventKind.LEARNING_FAILED, version, now.reason)
         return handed_s
 
-    def _tell_undone(
-        self, info: VersionInfo, undone: tuple[int, ...], redone: tuple[int, ...], reason: str
+    def _agree(
+        self,
+        info: VersionInfo,
+        before: VersionInfo | None,
+        own: FeedbackRecord | None = None,
+        conflicts: tuple[str, ...] = (),
     ) -> None:
-        """Give feedback the state that a rollback means for it, where it has another one."""
-        why = reason or f"rolled back to version {info.restores}"
-        lost = info.report.get("lost", ())
+        """Give feedback the state that a version means for it, where it was another before.
+
+        `own` is the feedback that the version was made for, `conflicts` what that contradicted.
+        """
         commits = []
-        for record in self._journal.feedback_by_seq((*undone, *redone)):
-            state, text = FeedbackState.LEARNED, ""
-            if record.seq in undone:
-                state, text = FeedbackState.ROLLED_BACK, why
-            elif record.feedback_id in lost:
-                state, text = FeedbackState.ACCEPTED, _NOT_HELD
-            if record.state is not state:
-                change = StateChange(
-                    state=state, adapter=info.slot.adapter_name, version=info.number, reason=text
+        for record in self._touched(info, before, own):
+            now = self._standing(record, info)
+            is_own = own is not None and record.seq == own.seq
+            if is_own or (record.state, record.reason) != (now.state, now.reason):
+                change = replace(
+                    now,
+                    adapter=info.slot.adapter_name,
+                    version=info.number,
+                    pattern_id=info.slot.pattern_id,
+                    conflicts_with=(conflicts or None) if is_own else None,
                 )
                 commits.append(self._journal.set_state([record.seq], change))
         for commit in commits:
             commit.result()
+
+    def _touched(
+        self, info: VersionInfo, before: VersionInfo | None, own: FeedbackRecord | None
+    ) -> list[FeedbackRecord]:
+        """Feedback that came, went, or stands otherwise than before; and `own`."""
+        seqs, names = moved(before, info)
+        if own is not None:
+            seqs.add(own.seq)
+        records = {record.seq: record for record in self._journal.feedback_by_seq(seqs)}
+        for name in names:
+            with contextlib.suppress(FeedbackNotFound):  # removed in the meantime
+                record = self._journal.feedback(info.slot.tenant, name)
+                records[record.seq] = record
+        return list(records.values())
+
+    def _standing(self, record: FeedbackRecord, info: VersionInfo) -> StateChange:
+        return standing(record, info, len(self.patterns.target_ids(record)))
 
     def _published(self, version: Version, record: FeedbackRecord | None) -> None:
         now = time.time()
@@ -254,14 +310,3 @@ class Teacher:
             reason=reason,
         )  # fmt: skip
         self._events.emit_threadsafe(record.tenant, event)
-
-
-def _reservation(num_targets: int, *, is_held: bool) -> str:
-    """What has to be said of a feedback that is in force, if anything."""
-    if not is_held:
-        return _NOT_HELD
-    if num_targets <= MAX_POSITIONS:
-        return ""
-    return (
-        f"{MAX_POSITIONS} of {num_targets} tokens are learned, the wrong and uncertain ones first"
-    )

@@ -5,6 +5,7 @@ import asyncio
 import pytest
 from support.school import School, school
 
+from adapters.table import TableLimits
 from engine.errors import InvalidJob
 from sona.errors import DiskFull, ShuttingDown
 from sona.journal import FeedbackState, Verdict
@@ -143,6 +144,83 @@ async def test_what_does_not_hold_is_not_called_learned(tmp_path):
         assert here.state_of(held) == "LEARNED"
         again = here.journal.feedback("acme", record.feedback_id)
         assert (again.state, again.reason) == (FeedbackState.ACCEPTED, half.reason)
+
+
+async def test_what_truncation_lost_is_not_called_learned(tmp_path):
+    async with school(tmp_path, limits=TableLimits(rank=2)) as here:
+        names = [await here.teach(token, token + 40) for token in range(5, 13)]
+        report = here.store.history(here.slot())[-1].report
+        assert report["num_edits"] == 16
+        assert report["num_edits_kept"] < 16
+        assert report["lost"]
+        for name in names:
+            want = "ACCEPTED" if name in report["lost"] else "LEARNED"
+            assert here.state_of(name) == want
+
+
+async def test_who_is_contradicted_is_not_called_learned_until_that_is_undone(tmp_path):
+    async with school(tmp_path) as here:
+        here.engine.constant = True  # the same state whatever is asked
+        first, second = await here.teach(7), await here.teach(8)
+        assert (here.state_of(first), here.state_of(second)) == ("ACCEPTED", "LEARNED")
+        assert "contradicts" in here.journal.feedback("acme", first).reason
+        assert here.journal.feedback("acme", second).conflicts_with == (first,)
+        await here.on_learner(lambda: here.loop.teacher.undo(here.slot(), ""))
+        assert (here.state_of(first), here.state_of(second)) == ("LEARNED", "ROLLED_BACK")
+
+
+async def two_halves(here):
+    """Two corrections of two tokens, the second begun before the first was finished."""
+    records = [here.correct(5, 6), here.correct(7, 8)]
+    async with here.settled() as events:
+        for record, token in zip(records, (5, 7), strict=True):
+            here.begin(record, token)
+        here.engine.gate.clear()
+        for record in records:
+            here.loop.notify(record)
+        await here.on_learner(lambda: None)
+        here.engine.gate.set()
+        for _ in records:
+            await anext(events)
+    return [record.feedback_id for record in records]
+
+
+async def test_undo_takes_back_one_correction_though_two_were_interleaved(tmp_path):
+    async with school(tmp_path) as here:
+        first, second = await two_halves(here)
+        history = here.store.history(here.slot())
+        assert [info.report["partial"] for info in history] == [
+            [first], [first, second], [second], []
+        ]  # fmt: skip
+        undone = await here.on_learner(lambda: here.loop.teacher.undo(here.slot(), "a slip"))
+        assert [record.feedback_id for record in undone] == [second]
+        assert (here.state_of(first), here.state_of(second)) == ("LEARNED", "ROLLED_BACK")
+        report = here.store.history(here.slot())[-1].report
+        assert (report["num_edits"], report["partial"]) == (2, [])
+
+
+async def test_a_version_with_half_a_correction_says_so(tmp_path):
+    async with school(tmp_path) as here:
+        first, second = await two_halves(here)
+        slot, teacher = here.slot(), here.loop.teacher
+        await here.on_learner(lambda: teacher.roll_back(slot, 1, ""))
+        assert (here.state_of(first), here.state_of(second)) == ("ACCEPTED", "ROLLED_BACK")
+        assert "only its beginning" in here.journal.feedback("acme", first).reason
+        assert here.journal.pending() == ()
+        await here.on_learner(lambda: teacher.roll_back(slot, 4, ""))
+        assert (here.state_of(first), here.state_of(second)) == ("LEARNED", "LEARNED")
+
+
+async def test_a_correction_rejected_halfway_leaves_nothing_behind(tmp_path):
+    async with school(tmp_path) as here:
+        kept, record = await here.teach(9), here.correct(5, 6)
+        here.begin(record, 5)
+        here.engine.failures = [InvalidJob("9000 tokens; the context holds 2048")]
+        async with here.settled() as events:
+            here.loop.notify(record)
+            await anext(events)
+        assert (here.state_of(kept), here.state_of(record.feedback_id)) == ("LEARNED", "REJECTED")
+        assert here.store.history(here.slot())[-1].feedback_seqs == (1,)
 
 
 async def test_a_rollback_takes_owed_sweeps_with_it(tmp_path):

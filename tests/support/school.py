@@ -15,7 +15,7 @@ from adapters.store import AdapterStore, Version
 from adapters.table import TableLimits
 from engine.api import ScoreResult
 from sona.events import EventBus
-from sona.journal import Choice, Correction, Journal, Verdict
+from sona.journal import Choice, Correction, Journal, PositionKind, Positions, Verdict
 from sona.loops.instant import InstantLoop
 from sona.loops.patterns import Patterns
 from sona.loops.teacher import Teacher
@@ -37,6 +37,7 @@ class Engine:
         self.head = head
         self.gate = asyncio.Event()
         self.gate.set()
+        self.constant = False  # every pass meets the same states
         self.twins = False  # the first two states of a pass are one and the same
         self.failures = []  # raised first, one per pass
         self.num_running = self.most_running = self.num_passes = 0
@@ -49,8 +50,8 @@ class Engine:
         self.num_running -= 1
         if self.failures:
             raise self.failures.pop()
-        rng = np.random.default_rng([*prompt_ids, *continuation_ids])
-        states = rng.standard_normal((len(continuation_ids), DIM))
+        seed = 0 if self.constant else [*prompt_ids, *continuation_ids]
+        states = np.random.default_rng(seed).standard_normal((len(continuation_ids), DIM))
         if self.twins and len(states) > 1:
             states[1] = states[0]
         return ScoreResult(capture_of(states, self.head), prompt_vector())
@@ -64,7 +65,7 @@ def prompt_vector():
 class School:
     """One server's learner over a directory. Open another over the same one after a crash."""
 
-    def __init__(self, directory, *, base_hash=BASE):
+    def __init__(self, directory, *, base_hash=BASE, limits=None):
         rng = np.random.default_rng(0)
         head = rng.standard_normal((VOCAB, DIM))
         hidden = rng.standard_normal((400, DIM))
@@ -80,9 +81,15 @@ class School:
             if isinstance(version, Version):  # else a LoadFailure
                 self.routing.publish(version)
         self.patterns = Patterns(
-            self.store, self.journal, self.routing, rows_of(head), TableLimits(), base_hash
+            self.store,
+            self.journal,
+            self.routing,
+            rows_of(head),
+            limits or TableLimits(),
+            base_hash,
+            targets,
         )
-        teacher = Teacher(self.journal, self.patterns, self.events, targets, self.metrics)
+        teacher = Teacher(self.journal, self.patterns, self.events, self.metrics)
         self.loop = InstantLoop(self.journal, teacher, cast(Any, self.engine), self.metrics)
         num_before = sum(self.journal.counts().num_feedback.values())
         self._names = (f"f{i}" for i in itertools.count(num_before + 1))
@@ -99,6 +106,21 @@ class School:
         signal = signal or Correction(" ".join(map(str, tokens)))
         draft = journals.draft(name, f"r-{name}", signal=signal)
         return self.journal.add_feedback(draft, None).result().record
+
+    def begin(self, record, token):
+        """Give a correction its first position, as an answer with kept states has it."""
+        states = np.random.default_rng([record.seq, token]).standard_normal((1, DIM))
+        first = Positions(
+            indices=(0,),
+            target_ids=(token,),
+            kinds=(PositionKind.EDIT,),
+            capture=capture_of(states, self.engine.head),
+        )
+        vector = prompt_vector()
+        stored = self.journal.add_positions(
+            record.seq, first, base_hash=record.base_hash, prompt_vector=vector
+        )
+        stored.result()
 
     async def teach(self, *tokens, **kwargs):
         """`correct`, learned."""
