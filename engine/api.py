@@ -47,7 +47,7 @@ class SamplingParams:
         for name, is_allowed, allowed in (
             ("temperature", is_warmth, "a finite number from 0 (greedy) up"),
             ("top_p", 0 < self.top_p <= 1, "a number above 0, up to 1 (all)"),
-            ("top_k", 0 <= self.top_k <= _MAX_TOP_K, "0 (all) or more"),
+            ("top_k", 0 <= self.top_k <= _MAX_TOP_K, f"0 (all) to {_MAX_TOP_K}"),
             ("max_tokens", self.max_tokens >= 1, "1 or more"),
             ("seed", 0 <= (self.seed or 0) <= MAX_SEED, f"0 to {MAX_SEED}"),
             ("logprobs", 0 <= (self.logprobs or 0) <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}"),

@@ -34,6 +34,7 @@ class EngineClient:
         self._streams: dict[Sequence, asyncio.Queue[Result]] = {}
         self._by_id: dict[str, Sequence] = {}  # users' jobs under way
         self._aio = asyncio.get_running_loop()
+        self.ended = asyncio.Event()  # the engine serves nothing any more
         scheduler = Scheduler(plan)
         self._loop = EngineLoop(runner, scheduler, tokenizer, plan, self._deliver)
         self._loop.start()
@@ -166,6 +167,8 @@ class EngineClient:
             self._aio.call_soon_threadsafe(self._dispatch, news)
 
     def _dispatch(self, news: News) -> None:
+        if self._loop.is_stopped:
+            self.ended.set()
         for sequence, result in news:
             stream = self._streams.get(sequence)
             if stream is not None:

@@ -104,7 +104,7 @@ class EngineLoop:
             error = EngineStopped("the engine has stopped; restart the server")
             late = [item for item in _drained(self._inbox) if isinstance(item, Sequence)]
             self._news += [(sequence, error) for sequence in (*self._live, *late)]
-            self._hand_out()
+            self._deliver(self._news)  # also when empty: the receiver learns of the end by it
 
     def _take_inbox(self) -> bool:
         """Accept what arrived; waits when there is nothing to run. False: stop."""

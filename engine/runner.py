@@ -13,6 +13,7 @@ from engine.sequence import Kind, Sequence
 from engine.slots import HeadSlots
 from engine.step import Captured, Sampled
 
+_LEAST = 1e-5  # temperature or top_p: smaller ones choose the best token as well
 Progress = Callable[[str, int, int], None]
 """(what, done, total) while compiling."""
 
@@ -117,7 +118,9 @@ class Runner:
                 sampling.top_k,
                 sampling.logprobs or 0,
             )
-            floats[row] = sampling.temperature, sampling.top_p
+            # The device flushes subnormals to zero, which would mean greedy, or nothing at all.
+            warmth = max(sampling.temperature, _LEAST) if sampling.temperature else 0.0
+            floats[row] = warmth, max(sampling.top_p, _LEAST)
         return ints, floats
 
     def _prefill(

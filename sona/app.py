@@ -106,6 +106,9 @@ async def running(config: SonaConfig, *, progress: Progress) -> AsyncIterator[Ad
         parts = await _start_parts(stack, config, data, stage, progress)
         late.become(parts)
         await rpc.serve()
+        tasks = await stack.enter_async_context(asyncio.TaskGroup())
+        watching = tasks.create_task(_watch(parts.engine_ended, rpc))
+        stack.callback(watching.cancel)
         stage.name, stage.ready = "serving", True
         stack.push_async_callback(_drain, rpc, stage, config.server.drain_s)
         yield Addresses(
@@ -233,6 +236,12 @@ async def _purge(journal: Journal) -> None:
         except SonaError:
             log.exception("requests past their retention could not be deleted; trying again later")
         await asyncio.sleep(_PURGE_EVERY_S)
+
+
+async def _watch(engine_ended: asyncio.Event, rpc: RpcServer) -> None:
+    """Health probes hear of it when the engine dies."""
+    await engine_ended.wait()
+    await rpc.refuse()
 
 
 async def _drain(rpc: RpcServer, stage: _Stage, grace_s: float) -> None:

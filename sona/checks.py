@@ -175,8 +175,8 @@ def check_feedback(call: FeedbackCall, limits: Limits) -> None:
 
 def _check_answer_text(name: str, text: str, limits: Limits) -> None:
     num_bytes = len(text.encode())
-    if num_bytes == 0:
-        raise InvalidField(name, f"{name} is empty; send the text that should have been given")
+    if not text.strip():
+        raise InvalidField(name, f"{name} is blank; send the text that should have been given")
     if num_bytes > limits.max_correction_bytes:
         raise InvalidField(
             name,

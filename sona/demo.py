@@ -15,7 +15,6 @@ from sona.bench.child import child_server
 from sona.bench.classroom import Classroom, Marks, base_right
 from sona.bench.tasks import Convention, Item
 from sona.client import AsyncClient
-from sona.v1 import learning_pb2
 
 _STAGES = (0, 1, 4, 16)
 _NUM_ITEMS = 200  # per cell
@@ -23,7 +22,7 @@ _LESSONS = (("F1", "date-slash"), ("F2", "rename"))
 _HELD_OUT = 0.90  # after 4 corrections and more
 _NEIGHBOURS = 0.95
 _OTHERS = 0.01  # largest loss
-_MAX_LOOKS = 30_000  # for a new version, a millisecond apart
+_MAX_LOOKS = 2_000  # requests, until one is answered by a new version
 _BASE = 0.10  # the convention must not be known before
 _YOUR_OWN = """
 The same with your own checkpoint (Llama, Qwen2 or Qwen3, Hugging Face layout):
@@ -132,9 +131,10 @@ async def _stage(
     held_out = await room.exam(cells.held_out, right)
     near = await room.exam(cells.neighbours, base_right)
     others = await room.exam(cells.others, base_right)
+    in_gate = f"{near.gated_accuracy:.3f}" if near.num_gated else "  –  "
     delay = f"{1e3 * sorted(delays)[len(delays) // 2]:.0f} ms" if delays else ""
     console.print(
-        f"  {stage:>11}   {held_out.accuracy:>8.3f}   {near.gated_accuracy:>6.3f} "
+        f"  {stage:>11}   {held_out.accuracy:>8.3f}   {in_gate:>6} "
         f"({near.num_gated:>3} of {len(near.is_right)})    {others.accuracy:>11.3f}   {delay:>13}",
         highlight=False,
     )
@@ -158,23 +158,23 @@ async def _stage(
 
 
 async def _timed_correction(room: Classroom, client: AsyncClient, item: Item, target: str) -> float:
-    """Correct; seconds from the acknowledgement until a request was answered by a new version."""
+    """Correct; seconds from the acknowledgement until an answer named a version that was not there.
+
+    Raises TimeoutError when none did.
+    """
+    before = await room.ask(item)
     reply = await room.ask(item, adapter="none", learn=True)
-    known = _newest(await client.adapters())
     sent = await client.feedback(reply.request_id, correction=target)
     acknowledged = time.monotonic()
     for _ in range(_MAX_LOOKS):
-        if _newest(await client.adapters()) != known:
+        after = await room.ask(item)
+        if after.versions - before.versions:
             break
-        await asyncio.sleep(0.001)
-    await room.ask(item)
+    else:
+        raise TimeoutError(f"no new version answered within {_MAX_LOOKS} requests")
     changed_s = time.monotonic() - acknowledged
     await room.learned(sent.feedback_id)
     return changed_s
-
-
-def _newest(adapters: list[learning_pb2.Adapter]) -> dict[str, int]:
-    return {adapter.name: adapter.version for adapter in adapters}
 
 
 async def _rolled_back(

@@ -17,10 +17,10 @@ class EventBus:
         self._watchers: set[tuple[str, asyncio.Queue[Event]]] = set()
         self.num_dropped = 0
 
-    def emit(self, tenant: str, event: Event) -> None:
-        """Tell the tenant's watchers."""
+    def emit(self, tenant: str | None, event: Event) -> None:
+        """Tell the tenant's watchers; None tells everybody's."""
         for of_tenant, queue in self._watchers:
-            if of_tenant == tenant:
+            if tenant in (None, of_tenant):
                 if queue.full():
                     queue.get_nowait()
                     self.num_dropped += 1

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -55,21 +56,29 @@ class FeedbackService:
         kind = FeedbackKind(type(call.signal).__name__.lower())
         try:
             draft, positions = await asyncio.to_thread(self._prepared, call, principal)
-            outcome = await asyncio.wrap_future(self.journal.add_feedback(draft, positions))
+            stored = self.journal.add_feedback(draft, positions)
+            stored.add_done_callback(self._stored)  # also when the caller has gone by then
+            outcome = await asyncio.shield(asyncio.wrap_future(stored))
         except SonaError:
             self.metrics.feedback_submitted(kind, "refused")
             raise
         self.metrics.feedback_submitted(kind, "duplicate" if outcome.is_duplicate else "accepted")
-        if not outcome.is_duplicate:
-            record = outcome.record
-            accepted = Event(
-                time=record.created, kind=EventKind.FEEDBACK_ACCEPTED,
-                principal=record.principal, feedback_id=record.feedback_id,
-            )  # fmt: skip
-            self.events.emit(record.tenant, accepted)
-            if self.loop is not None and is_learnable(record.signal):
-                self.loop.notify(record)
         return outcome
+
+    def _stored(self, stored: "Future[FeedbackOutcome]") -> None:
+        """On the journal's thread, after the commit: tell who watches, and the learner."""
+        if stored.cancelled() or stored.exception() is not None:
+            return
+        record = stored.result().record
+        if stored.result().is_duplicate:
+            return
+        accepted = Event(
+            time=record.created, kind=EventKind.FEEDBACK_ACCEPTED,
+            principal=record.principal, feedback_id=record.feedback_id,
+        )  # fmt: skip
+        self.events.emit_threadsafe(record.tenant, accepted)
+        if self.loop is not None and is_learnable(record.signal):
+            self.loop.notify(record)
 
     async def get(self, feedback_id: str, principal: Principal) -> FeedbackRecord:
         """A feedback the caller may see: its own, or any of its tenant for an operator."""

@@ -1,5 +1,7 @@
 """Tokens out of the served model: prompts to jobs, updates to replies, answers to the journal."""
 
+import json
+import logging
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
@@ -12,7 +14,7 @@ from engine.text import Tokenizer
 from sona.auth import Principal
 from sona.captures import CaptureRing
 from sona.checks import Limits, check_model, check_prompt_len
-from sona.errors import RequestExists
+from sona.errors import Overloaded, RequestExists, ShuttingDown
 from sona.journal import AdapterSpan, Choice, Journal, RequestRecord
 from sona.ports import ModelInfo
 from sona.requests import (
@@ -28,15 +30,19 @@ from sona.requests import (
     Prompt,
     Started,
     TextPrompt,
+    TokenPrompt,
     Usage,
     new_id,
 )
 from sona.routing import Routing
 
+log = logging.getLogger(__name__)
+_MAX_DIGITS = 18  # of a pattern's number: what a database integer holds
+
 
 def engine_id(tenant: str, request_id: str) -> str:
-    """A request's name inside the engine, where all tenants meet."""
-    return f"{tenant}/{request_id}"
+    """A request's name inside the engine, where all tenants meet. No two pairs share one."""
+    return f"{len(tenant)}/{tenant}/{request_id}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,6 +140,16 @@ class InferenceService:
             return tuple(self.tokenizer.encode(prompt.text))
         return prompt.ids
 
+    def _prompt_text(self, prompt: Prompt) -> str:
+        """What is kept for people to read: text as it came, messages as JSON."""
+        match prompt:
+            case TextPrompt(text):
+                return text
+            case ChatPrompt(messages):
+                return json.dumps([m.as_dict() for m in messages], ensure_ascii=False)
+            case TokenPrompt(ids):
+                return self.tokenizer.decode(ids)
+
     def _head_choice(self, call: GenerateCall, principal: Principal) -> HeadChoice | None:
         if call.adapter == "none":
             return None
@@ -175,12 +191,16 @@ class InferenceService:
             base_hash=self.model.base_hash,
             created=arrived,
             prompt_ids=prompt_ids,
-            prompt_text=call.prompt.text if isinstance(call.prompt, TextPrompt) else None,
+            prompt_text=self._prompt_text(call.prompt),
             prompt_vector=vector,
             choices=(Choice(text=final.text, token_ids=final.token_ids),),
             adapter_versions=_spans(final),
         )
-        self.journal.record_request(record)
+        try:
+            self.journal.record_request(record)
+        except (Overloaded, ShuttingDown) as error:  # the answer is made: it is not held back
+            log.warning("request %s cannot take feedback: %s", call.request_id, error)
+            return
         if final.capture is not None:
             self.captures.put(principal.tenant, call.request_id, final.capture)
 
@@ -188,7 +208,8 @@ class InferenceService:
 def own_slots(name: str, principal: Principal) -> tuple[SlotKey, ...]:
     """Where an adapter of this name may lie for a caller: its own slot, then the tenant's."""
     head, _, number = name.rpartition("-")
-    if head != "pattern" or not (number.isascii() and number.isdigit()):
+    is_number = number.isascii() and number.isdigit() and len(number) <= _MAX_DIGITS
+    if head != "pattern" or not is_number:
         return ()
     where = {"tenant": principal.tenant, "pattern_id": int(number)}
     return (

@@ -88,14 +88,14 @@ class LearningService:
         """Stop learning on the whole server, until resumed or restarted. Idempotent."""
         if self.is_enabled:
             self.loop.pause(reason)
-            self._announce(EventKind.LEARNING_PAUSED, principal, reason)
+            self._announce(EventKind.LEARNING_PAUSED, reason)
         return self._state()
 
     async def resume(self, principal: Principal) -> LearningState:
         """Learn what waits, and go on. Idempotent."""
         if self.is_enabled:
             self.loop.resume()
-            self._announce(EventKind.LEARNING_RESUMED, principal, "")
+            self._announce(EventKind.LEARNING_RESUMED, "")
         return self._state()
 
     async def events(
@@ -113,9 +113,9 @@ class LearningService:
             return LearningState.DISABLED
         return LearningState.RUNNING if self.loop.is_running else LearningState.PAUSED
 
-    def _announce(self, kind: EventKind, principal: Principal, reason: str) -> None:
-        event = Event(time=time.time(), kind=kind, principal=principal.name, reason=reason)
-        self.events_bus.emit(principal.tenant, event)
+    def _announce(self, kind: EventKind, reason: str) -> None:
+        """It concerns the whole server, so everybody hears of it."""
+        self.events_bus.emit(None, Event(time=time.time(), kind=kind, principal="", reason=reason))
 
     def _visible(self, principal: Principal) -> list[SlotKey]:
         slots = self.store.slots(principal.tenant)
@@ -131,7 +131,7 @@ class LearningService:
             version=live.number,
             num_edits=int(report.get("num_edits", 0)),
             num_constraints=int(report.get("num_constraints", 0)),
-            num_bytes=self.store.get(slot, live.number).table.num_bytes,
+            num_bytes=self.store.num_bytes(slot, live.number),
             created=history[0].created,
             updated=live.created,
         )

@@ -1,5 +1,6 @@
 """The collaborators behind the borders, made once the model is warm."""
 
+import asyncio
 import time
 from dataclasses import dataclass
 from importlib import metadata
@@ -33,6 +34,7 @@ class Parts:
     """Everything behind the borders, once it is warm."""
 
     warm: Warm
+    engine_ended: asyncio.Event  # set when nothing more can be served
     metrics: Metrics
     inference: InferenceService
     feedback: FeedbackService
@@ -112,6 +114,7 @@ def compose(
     control = ControlService(info=_server_info(config, warm), generator=engine, running=running)
     return Parts(
         warm=warm,
+        engine_ended=engine.ended,
         metrics=metrics,
         inference=inference,
         feedback=feedback,

@@ -72,11 +72,13 @@ def all_live(db: sqlite3.Connection) -> list[sqlite3.Row]:
 
 def numbered(db: sqlite3.Connection, slot: SlotKey, number: int) -> sqlite3.Row:
     """One version of a slot. Raises AdapterNotFound."""
-    row = db.execute(
-        f"{_VERSIONS} WHERE {_OF_SLOT} AND number = ?", (*_identity(slot), number)
-    ).fetchone()
+    newest = live(db, slot)
+    row = None
+    if newest is not None and 0 < number <= newest["number"]:  # else it may not fit an integer
+        row = db.execute(
+            f"{_VERSIONS} WHERE {_OF_SLOT} AND number = ?", (*_identity(slot), number)
+        ).fetchone()
     if row is None:
-        newest = live(db, slot)
         known = "no versions" if newest is None else f"versions 1 to {newest['number']}"
         raise AdapterNotFound(f"{slot} has no version {number}; it has {known}")
     return row
@@ -177,6 +179,16 @@ def insert(
             for name, data in contents.items()
         ],
     )
+
+
+def num_bytes(db: sqlite3.Connection, slot: SlotKey, number: int) -> int:
+    """Size of a version's stored table."""
+    (size,) = db.execute(
+        f"SELECT coalesce(sum(length(bytes)), 0) FROM contents JOIN slots USING (slot_id) "
+        f"WHERE {_OF_SLOT} AND number = ? AND part = 'table'",
+        (*_identity(slot), number),
+    ).fetchone()
+    return size
 
 
 def compact(db: sqlite3.Connection, slot_id: int, *, newest: int, keep: int) -> None:

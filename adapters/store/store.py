@@ -161,6 +161,11 @@ class AdapterStore:
         with self._reading() as db:
             return tuple(rows.info_of(row) for row in rows.history(db, slot))
 
+    def num_bytes(self, slot: SlotKey, number: int) -> int:
+        """Bytes of a version's table on disk, without reading it; 0 once compacted."""
+        with self._reading() as db:
+            return rows.num_bytes(db, slot, number)
+
     def slots(self, tenant: str | None = None) -> tuple[SlotKey, ...]:
         """Slots that have a version, of one tenant or of all."""
         with self._reading() as db:

@@ -56,7 +56,7 @@ def load_checkpoint(directory: Path, *, dtype: str = "float32") -> LoadedModel:
       WeightsError: a file or tensor is missing, damaged or has another shape than the config says.
     """
     config = load_config(directory)
-    with jax.numpy_dtype_promotion("standard"):
+    with jax.numpy_dtype_promotion("standard"):  # in flax's initialisers; nothing is computed
         abstract = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype)))
     graph, shapes = nnx.split(abstract)
     flat = dict(nnx.to_flat_state(shapes))

@@ -89,7 +89,7 @@ def prior_rule_table(
 
 def marks_of(texts: list[str], items: list[Item], convention: Convention) -> Marks:
     """Marks of answers that did not come over the wire."""
-    replies = tuple(Reply(text, "", True, False) for text in texts)
+    replies = tuple(Reply(text, "", frozenset(), False) for text in texts)
     right = tuple(
         text.strip() == convention.apply(item) for text, item in zip(texts, items, strict=True)
     )

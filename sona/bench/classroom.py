@@ -1,6 +1,7 @@
 """Teaching and testing a served model over the wire, as a user would: ask, correct, confirm."""
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ class Reply:
 
     text: str
     request_id: str
-    is_adapted: bool  # a learned version shaped it
+    versions: frozenset[tuple[str, int]]  # learned versions that shaped it
     is_gated: bool  # a pattern's gate let the prompt in
 
 
@@ -42,9 +43,9 @@ class Marks:
 
     @property
     def gated_accuracy(self) -> float:
-        """Share of right answers among those that a gate let in; 1 when there were none."""
+        """Share of right answers among those that a gate let in; NaN when there were none."""
         gated = [ok for ok, r in zip(self.is_right, self.replies, strict=True) if r.is_gated]
-        return sum(gated) / len(gated) if gated else 1.0
+        return sum(gated) / len(gated) if gated else math.nan
 
     @property
     def num_gated(self) -> int:
@@ -124,6 +125,6 @@ def _reply(reply: inference_pb2.GenerateResponse) -> Reply:
     return Reply(
         text=reply.choices[0].text,
         request_id=reply.request_id,
-        is_adapted=bool(reply.adapter_versions),
+        versions=frozenset((one.name, one.version) for one in reply.adapter_versions),
         is_gated=bool(reply.pattern_ids),
     )

@@ -43,7 +43,7 @@ class RequestRecord:
     base_hash: str
     created: float  # unix seconds
     prompt_ids: tuple[int, ...]
-    prompt_text: str | None  # None when the client sent messages or token ids
+    prompt_text: str | None  # for people: text as it came, messages as JSON
     prompt_vector: np.ndarray | None  # [D] float32, mean final hidden state of the prompt
     choices: tuple[Choice, ...]
     adapter_versions: tuple[AdapterSpan, ...] = ()

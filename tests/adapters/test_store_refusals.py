@@ -9,6 +9,7 @@ from support.stores import DIM, assert_same_content, draft, fill, gate, slot, ta
 
 from adapters.errors import (
     AdapterError,
+    AdapterNotFound,
     CandidateRejected,
     IncompatibleAdapter,
     SnapshotCorrupt,
@@ -159,3 +160,19 @@ def test_only_the_owner_can_read_the_files(store, path):
     fill(store, slot(store), 1)
     modes = {file.name: file.stat().st_mode & 0o777 for file in path.parent.iterdir()}
     assert modes == dict.fromkeys(("adapters.db", "adapters.db-wal", "adapters.db-shm"), 0o600)
+
+
+@pytest.mark.parametrize("number", [0, 3, 2**70])
+def test_a_version_that_never_was_is_refused_by_what_there_is(store, number):
+    key = slot(store)
+    fill(store, key, 2)
+    with pytest.raises(AdapterNotFound, match=f"no version {number}; it has versions 1 to 2"):
+        store.get(key, number)
+
+
+def test_a_damaged_version_can_be_listed_and_left(store, path):
+    key = slot(store)
+    fill(store, key, 2)
+    damage(path, key, 2, "table")
+    assert store.num_bytes(key, 2) == store.num_bytes(key, 1) > 0
+    assert store.rollback(key, 1).number == 3

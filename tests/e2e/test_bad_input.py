@@ -48,6 +48,8 @@ async def ann(server):
         ("a", {"max_tokens": 0}, CODE.INVALID_ARGUMENT, "max_tokens is 0"),
         ("a", {"adapter": "pattern-99"}, CODE.NOT_FOUND, "pattern-99"),
         ("a", {"adapter": "no such"}, CODE.NOT_FOUND, "no such"),
+        ("a", {"adapter": f"pattern-{10**22}"}, CODE.NOT_FOUND, "no adapter"),
+        ("a", {"top_k": 2**31}, CODE.INVALID_ARGUMENT, "0 (all) to 2147483647"),
         ("a", {"model": "gpt"}, CODE.NOT_FOUND, "'gpt' is not served"),
     ],
 )
@@ -74,6 +76,13 @@ async def test_feedback_refuses(ann, signal, code, message):
         await ann.feedback(reply.request_id, **signal)
     assert refused.value.code() is code
     assert message in str(refused.value.details())
+
+
+async def test_the_smallest_top_p_is_the_best_token(ann):
+    best = await ann.generate("a", max_tokens=4, temperature=0.0)
+    for tiny in ({"top_p": 1e-40}, {"temperature": 1e-40}):
+        reply = await ann.generate("a", max_tokens=4, **{"temperature": 1.0, **tiny})
+        assert reply.choices[0].token_ids == best.choices[0].token_ids
 
 
 async def test_a_correction_that_says_the_same_is_refused(ann):

@@ -213,6 +213,31 @@ async def test_events_tell_the_author(ann):
         await ann.rollback(adapter.name, to_version=0)
 
 
+async def test_feedback_is_learned_though_its_caller_has_gone(ann):
+    """Deadlines around the commit: what was stored is learned, whoever waited for it."""
+    name = None
+    for attempt in range(60):
+        reply = await ann.generate(FAR, **GREEDY, adapter="none")
+        sending = asyncio.ensure_future(
+            ann.feedback(reply.request_id, correction="Shelf onyx.", feedback_id=f"gone-{attempt}")
+        )
+        await asyncio.sleep(0.0005 * attempt)
+        sending.cancel()
+        await asyncio.wait([sending])
+        await ann.generate(FAR, max_tokens=1)  # whatever was under way has arrived by now
+        try:
+            await ann.get_feedback(f"gone-{attempt}")
+        except grpc.aio.AioRpcError:
+            continue
+        name = f"gone-{attempt}"
+        if sending.cancelled():
+            break
+    assert name is not None
+    assert (await until_learned(ann, name)).state == feedback_pb2.FEEDBACK_STATE_LEARNED
+    for adapter in await ann.adapters():
+        await ann.rollback(adapter.name, to_version=0)
+
+
 async def test_a_preview_names_what_it_contradicts_and_changes_nothing(bob):
     reply = await bob.generate(ASK, **GREEDY, adapter="none")
     first = await bob.preview(reply.request_id, correction="Send to vault.")

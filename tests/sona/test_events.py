@@ -37,6 +37,14 @@ async def test_watchers_see_their_tenant_and_their_kinds():
     await foreign.aclose()
 
 
+async def test_what_concerns_all_is_told_to_all():
+    bus = EventBus()
+    watchers = [asyncio.ensure_future(anext(bus.watch(name, frozenset()))) for name in "ab"]
+    await asyncio.sleep(0)  # lets them subscribe
+    bus.emit(None, Event(time=0.0, kind=EventKind.LEARNING_PAUSED, principal="", reason="why"))
+    assert [event.reason for event in await asyncio.gather(*watchers)] == ["why", "why"]
+
+
 async def test_a_slow_watcher_loses_the_oldest_counted():
     bus = EventBus()
     stream, first = await watching(bus, "t")
