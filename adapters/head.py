@@ -159,8 +159,7 @@ def _contradictions(state: HeadState, old: int) -> _Verdict:
     is_active[new] = ~(is_left_standing & against.any(1))
     replaced = against[~is_left_standing].any(0)
     is_active[past] &= ~replaced
-    feedbacks = np.unique(columns["feedback"][past][replaced])
-    return _Verdict(is_active, is_repeat, tuple(state.feedback_ids[i] for i in feedbacks))
+    return _Verdict(is_active, is_repeat, state.feedbacks(np.flatnonzero(replaced)))
 
 
 def _corrects(state: HeadState, old: int) -> bool:
@@ -243,7 +242,7 @@ def _report(
         num_conventions=int((columns["is_active"] & columns["is_convention"]).sum()),
         num_rows=state.base.num_rows,
         num_failing=int(fails.sum()),
-        failing=tuple(state.feedback_ids[i] for i in np.unique(columns["feedback"][fails])),
+        failing=state.feedbacks(fails),
         min_probability=probability(state.log_odds[is_edit].min(initial=np.inf)),
         num_sweeps=effort[0],
         num_steps=effort[1],

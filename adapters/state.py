@@ -84,6 +84,12 @@ class HeadState:
         """Active edits."""
         return int((self.columns["is_active"] & self.columns["is_edit"]).sum())
 
+    def feedbacks(self, which: np.ndarray) -> tuple[str, ...]:
+        """Ids of the feedback of some positions, given by a mask or by number; by age."""
+        return tuple(
+            self.feedback_ids[i] for i in sorted({*self.columns["feedback"][which].tolist()})
+        )
+
     @property
     def probabilities(self) -> np.ndarray:
         """Served probability of each position's target [N] float64; meaningless where replaced."""

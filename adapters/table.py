@@ -193,10 +193,6 @@ def _report(
     columns, before = state.columns, state.log_odds
     is_edit = columns["is_active"] & columns["is_edit"]
     is_constraint = columns["is_active"] & ~columns["is_edit"]
-
-    def feedbacks(which: np.ndarray) -> tuple[str, ...]:
-        return tuple(state.feedback_ids[i] for i in np.unique(columns["feedback"][which]))
-
     return TableReport(
         form=form,
         rank=len(table.keys),
@@ -212,6 +208,6 @@ def _report(
         num_holding_after=int((after >= columns["need"])[is_constraint].sum()),
         min_probability_before=probability(before[is_edit].min(initial=np.inf)),
         min_probability_after=probability(after[is_edit].min(initial=np.inf)),
-        lost=feedbacks(is_edit & ~(after > 0)),
-        replaced=feedbacks(columns["is_edit"] & ~columns["is_active"]),
+        lost=state.feedbacks(is_edit & ~(after > 0)),
+        replaced=state.feedbacks(columns["is_edit"] & ~columns["is_active"]),
     )

@@ -1,45 +1,55 @@
 """`sona bench update`: how long an instant update takes, states in hand to table handed over.
 
-Synthetic states of two sizes, no model: what is timed is exactly what the learner thread does
-between a commit and the swap of a routing snapshot. Commit and store are left out. Each update is
-alternated with an empty compiled call, so that the machine's own noise can be told from ours.
+What is timed is what the learner thread computes between a commit and the swap of a routing
+snapshot; commit and store are left out. On the shipped model the states are real: corrections of
+the benchmark's conventions, with the positions that a captured answer gives. At the size of a 0.5B
+checkpoint they are synthetic. Each update is alternated with an empty compiled call, so that the
+machine's own noise can be told from ours.
 """
 
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
 from adapters import head
+from adapters.base_rows import HeadRows
 from adapters.batch import Batch
 from adapters.metric import KeyMetric
 from adapters.solve import compile_buckets
 from adapters.state import HeadState
 from adapters.table import export
 from adapters.threads import use_one_blas_thread
-from engine.api import NUM_CAPTURED_LOGITS, Capture
 from sona.bench import results
+from sona.bench.states import EDITS, PATTERNS, SyntheticStates, nano_states
 from sona.bench.statistics import quantile
 
-_SIZES = ((128, 1_280), (896, 151_936))  # d, V: the shipped model's and a 0.5B checkpoint's
-_EDITS = 32  # of a full pattern
-_PATTERNS = 32  # so that there are 1,024 updates of each sort
-_POSITIONS = 4  # of one update: an edit and three constraints
 _FIRST_MS, _SWEEPS_MS = 1.0, 3.0
+_RELIABILITY = 0.97
 
 
 @dataclass(frozen=True, slots=True)
 class _Timings:
     """Milliseconds of every update."""
 
-    first: list[float]
-    sweeps: list[float]
+    first: list[float]  # one step and its table
+    sweeps: list[float]  # the same with the sweeps over all edits
     empty: list[float]
-    reliability: float  # edits that hold after the last one, over all patterns
+    reliability: float  # edits whose token wins in the table after the last one
+
+
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """States to learn from."""
+
+    name: str
+    metric: KeyMetric
+    head_rows: HeadRows
+    patterns: Iterator[Sequence[Batch]]  # each EDITS updates, made before they are timed
 
 
 def run(*, output: Path | None = None) -> int:
@@ -48,21 +58,29 @@ def run(*, output: Path | None = None) -> int:
     figures: dict[str, dict[str, float]] = {}
     use_one_blas_thread()
     compile_buckets()
-    for dim, vocab_size in _SIZES:
-        timings = _measure(dim, vocab_size)
-        console.print(f"d={dim}, V={vocab_size}, {len(timings.first)} updates", highlight=False)
+    for case in _cases():
+        timings = _measure(case)
+        console.print(f"{case.name}, {len(timings.first)} updates", highlight=False)
         missed += _row(console, "first step", timings.first, timings.empty, _FIRST_MS)
         missed += _row(console, "with sweeps", timings.sweeps, timings.empty, _SWEEPS_MS)
-        held = timings.reliability >= 0.97
+        held = timings.reliability >= _RELIABILITY
         missed += not held
         console.print(
-            f"  {_EDITS} edits hold after the last: {timings.reliability:.3f} "
-            f"(≥ 0.97: {'held' if held else 'MISSED'})",
+            f"  {EDITS} edits hold after the last: {timings.reliability:.3f} "
+            f"(≥ {_RELIABILITY}: {'held' if held else 'MISSED'})",
             highlight=False,
         )
-        figures[f"d={dim}, V={vocab_size}"] = _figures(timings)
+        figures[case.name] = _figures(timings)
     results.write(output, "sona bench update", {"milliseconds": figures})
     return 1 if missed else 0
+
+
+def _cases() -> Iterator[_Case]:
+    nano = nano_states()
+    yield _Case("sona-nano", nano.metric, nano.head_rows, iter(nano.patterns))
+    large = SyntheticStates(896, 151_936, seed=0)
+    patterns = (large.pattern(number) for number in range(PATTERNS))
+    yield _Case("d=896, V=151936", large.metric, large.head_rows, patterns)
 
 
 def _figures(timings: _Timings) -> dict[str, float]:
@@ -90,81 +108,38 @@ def _row(
     return int(not held)
 
 
-def _measure(dim: int, vocab_size: int) -> _Timings:
-    world = _World(dim, vocab_size, seed=0)
-    empty_call = jax.jit(lambda x: x + jnp.float32(1))
+def _measure(case: _Case) -> _Timings:
+    empty_call = jax.jit(lambda x: x + np.float32(1))
     empty_call(np.float32(0)).block_until_ready()
     timings = _Timings([], [], [], 0.0)
-    kept = 0
-    for pattern in range(_PATTERNS):
-        state = HeadState.empty(world.metric)
-        for edit in range(_EDITS):
-            batch = world.batch(pattern, edit)
-            timings.first.append(_timed(lambda s=state, b=batch: _first(s, b, world)))
-            began = time.perf_counter()
+    kept = num_edits = 0
+    for batches in case.patterns:
+        state, report = HeadState.empty(case.metric), None
+        for batch in batches:
+            clock = _Clock()
+            added, _ = head.add(state, batch, case.head_rows)
+            added_ms = clock.lap()
+            export(added)
+            exported_ms = clock.lap()
+            state, _ = head.settle(added)
+            _, report = export(state)
+            timings.first.append(added_ms + exported_ms)
+            timings.sweeps.append(added_ms + clock.lap())
             empty_call(np.float32(0)).block_until_ready()
-            timings.empty.append(1e3 * (time.perf_counter() - began))
-            began = time.perf_counter()
-            state, _ = head.learn(state, batch, world.head_rows)
-            export(state)
-            timings.sweeps.append(1e3 * (time.perf_counter() - began))
-        _, report = head.settle(state)
-        kept += report.num_edits - report.num_failing
-    reliability = kept / (_PATTERNS * _EDITS)
-    return _Timings(timings.first, timings.sweeps, timings.empty, reliability)
+            timings.empty.append(clock.lap())
+        assert report is not None
+        kept += report.num_kept_after
+        num_edits += report.num_edits
+    return _Timings(timings.first, timings.sweeps, timings.empty, kept / num_edits)
 
 
-def _first(state: HeadState, batch: Batch, world: "_World") -> None:
-    """One bisection step and its table; the state is thrown away."""
-    added, _ = head.add(state, batch, world.head_rows)
-    export(added)
+class _Clock:
+    """Milliseconds since the last look."""
 
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
 
-def _timed(update) -> float:  # noqa: ANN001  # a bound closure
-    began = time.perf_counter()
-    update()
-    return 1e3 * (time.perf_counter() - began)
-
-
-class _World:
-    """Hidden states with a mean, a falling spectrum and the direction of their own argmax."""
-
-    def __init__(self, dim: int, vocab_size: int, seed: int) -> None:
-        self._rng = np.random.default_rng(seed)
-        self._dim, self._vocab_size = dim, vocab_size
-        self._head = self._rng.standard_normal((vocab_size, dim), np.float32) * dim**-0.5
-        self._spectrum = (1.0 / np.arange(1, dim + 1)).astype(np.float32) ** 0.5
-        self._mean = self._rng.standard_normal(dim).astype(np.float32)
-        self.metric = KeyMetric.fit(self._states(2_000))
-
-    def head_rows(self, ids: np.ndarray) -> np.ndarray:
-        """Rows of the head."""
-        return self._head[ids]
-
-    def batch(self, pattern: int, edit: int) -> Batch:
-        """An edit of a pattern and three constraints: tokens the base gets right."""
-        capture = self._capture(self._states(_POSITIONS))
-        targets = capture.top_ids[:, 0].copy()
-        targets[0] = capture.top_ids[0, 1 + (pattern + edit) % 8]
-        is_edit = np.zeros(_POSITIONS, np.bool_)
-        is_edit[0] = True
-        return Batch(
-            feedback_id=f"{pattern}-{edit}", capture=capture, targets=targets, is_edit=is_edit
-        )
-
-    def _states(self, count: int) -> np.ndarray:
-        noise = self._rng.standard_normal((count, self._dim)).astype(np.float32)
-        own = self._head[self._rng.integers(0, self._vocab_size, count)] * self._dim**0.5
-        states = self._mean + noise * self._spectrum + own
-        return states / np.sqrt((states**2).mean(axis=1, keepdims=True))
-
-    def _capture(self, states: np.ndarray) -> Capture:
-        rounded = states.astype(jnp.bfloat16)
-        logits = 2.0 * states @ self._head.T  # sharp enough to have an answer
-        total = np.logaddexp.reduce(logits, axis=1, keepdims=True)
-        order = np.argsort(-logits, axis=1)[:, :NUM_CAPTURED_LOGITS]
-        top = np.take_along_axis(logits, order, axis=1) - total
-        rest = np.log(np.maximum(1.0 - np.exp(top).sum(axis=1), 1e-9))
-        return Capture(
-            rounded, order.astype(np.int32), top.astype(np.float32), rest.astype(np.float32)
-        )
+    def lap(self) -> float:
+        now = time.perf_counter()
+        spent, self._last = now - self._last, now
+        return 1e3 * spent
