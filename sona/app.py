@@ -6,6 +6,7 @@ stop    refuse → drain (grace) → cancel → learner → engine → journal, 
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 from collections.abc import AsyncIterator, Callable
@@ -105,6 +106,8 @@ async def running(config: SonaConfig, *, progress: Progress) -> AsyncIterator[Ad
         http = await _start_http(stack, config, stage, late)
         parts = await _start_parts(stack, config, data, stage, progress)
         late.become(parts)
+        gc.collect()
+        gc.freeze()  # what start-up made stays: no collection has to look through it again
         await rpc.serve()
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
         watching = tasks.create_task(_watch(parts.engine_ended, rpc))

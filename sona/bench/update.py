@@ -7,6 +7,7 @@ checkpoint they are synthetic. Each update is alternated with an empty compiled 
 machine's own noise can be told from ours.
 """
 
+import gc
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -59,6 +60,8 @@ def run(*, output: Path | None = None) -> int:
     use_one_blas_thread()
     compile_buckets()
     for case in _cases():
+        gc.collect()
+        gc.freeze()  # as the server does once it is warm
         timings = _measure(case)
         console.print(f"{case.name}, {len(timings.first)} updates", highlight=False)
         missed += _row(console, "first step", timings.first, timings.empty, _FIRST_MS)
