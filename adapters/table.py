@@ -90,13 +90,14 @@ def export(state: HeadState, limits: TableLimits | None = None) -> tuple[HeadTab
     """The table of a state's coefficients, within the limits, and what it keeps."""
     limits = limits or TableLimits()
     coefficients = state.coefficients[: state.num_positions, : state.base.num_rows]
-    rows = np.flatnonzero(coefficients.any(0))
+    used = np.flatnonzero(coefficients.any(1))
+    rows = np.flatnonzero(coefficients[used].any(0))
     num_dropped_rows = max(len(rows) - limits.max_rows, 0)
     if num_dropped_rows:
         energy = (_shifts(state, coefficients[:, rows]) ** 2).sum(0)
         rows = np.sort(rows[np.argsort(-energy, kind="stable")[: limits.max_rows]])
-    factors = _factors(state, coefficients[:, rows], rows, limits.rank)
-    tokens, num_dropped_tokens = _tokens(state, coefficients, limits.max_tokens)
+    factors = _factors(state, coefficients[:, rows], used, rows, limits.rank)
+    tokens, num_dropped_tokens = _tokens(state, coefficients, used, limits.max_tokens)
     table = _table(state, factors, rows, tokens)
     after = state.log_odds
     if factors.form == "truncated" or num_dropped_rows or num_dropped_tokens:
@@ -104,9 +105,10 @@ def export(state: HeadState, limits: TableLimits | None = None) -> tuple[HeadTab
     return table, _report(state, factors.form, table, after, (num_dropped_rows, num_dropped_tokens))
 
 
-def _factors(state: HeadState, coefficients: np.ndarray, rows: np.ndarray, rank: int) -> _Factors:
+def _factors(
+    state: HeadState, coefficients: np.ndarray, used: np.ndarray, rows: np.ndarray, rank: int
+) -> _Factors:
     """The first of the three factorisations that fits. `rows` numbers the coefficients' columns."""
-    used = np.flatnonzero(coefficients.any(1))
     is_convention = state.columns["is_convention"][used]
     merged, singles = used[is_convention], used[~is_convention]
     targets, group = np.unique(state.columns["row"][merged], return_inverse=True)
@@ -146,9 +148,11 @@ def _shifts(state: HeadState, coefficients: np.ndarray) -> np.ndarray:
     return kernel @ coefficients
 
 
-def _tokens(state: HeadState, coefficients: np.ndarray, limit: int) -> tuple[np.ndarray, int]:
+def _tokens(
+    state: HeadState, coefficients: np.ndarray, used: np.ndarray, limit: int
+) -> tuple[np.ndarray, int]:
     """The base tokens that the table answers to, and how many were too weak to be kept."""
-    relabels = np.flatnonzero(coefficients.any(1) & ~state.columns["is_convention"])
+    relabels = used[~state.columns["is_convention"][used]]
     tokens, inverse = np.unique(state.columns["argmax"][relabels], return_inverse=True)
     if len(tokens) <= limit:
         return tokens, 0

@@ -10,7 +10,10 @@ _SIZES = (16, 128, 1024)  # ids per compiled gather; more are taken in pieces
 
 
 class HeadRows:
-    """Gathers rows of the head matrix. Compiled on construction; then for any thread."""
+    """Gathers rows of the head matrix. Compiled on construction; then for any thread.
+
+    Where the device is the host, its memory is read in place: no copy, no call.
+    """
 
     def __init__(self, model: LoadedModel) -> None:
         decoder = model.merge()
@@ -18,6 +21,11 @@ class HeadRows:
             self._weights, axis = decoder.embedding[...], 0
         else:
             self._weights, axis = decoder.head.kernel[...], 1
+        self._in_place: np.ndarray | None = None
+        if jax.default_backend() == "cpu":
+            in_place = np.asarray(self._weights)
+            self._in_place = in_place if axis == 0 else in_place.T
+            return
 
         def gather(weights: jax.Array, ids: jax.Array) -> jax.Array:
             rows = jnp.take(weights, ids, axis=axis)
@@ -29,6 +37,8 @@ class HeadRows:
 
     def __call__(self, ids: np.ndarray) -> np.ndarray:
         """Rows [len(ids), D] float32 of these token ids."""
+        if self._in_place is not None:
+            return self._in_place[ids].astype(np.float32)
         pieces = [self._piece(ids[at : at + _SIZES[-1]]) for at in range(0, len(ids), _SIZES[-1])]
         return np.concatenate(pieces) if pieces else self._piece(ids)
 
