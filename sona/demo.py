@@ -55,7 +55,7 @@ class _Cells:
 
 def run(*, seed: int = 0) -> int:
     """Run the demo; returns the exit status."""
-    console = Console()
+    console = Console(soft_wrap=True)
     started = time.monotonic()
     outcome = asyncio.run(_run(seed, console))
     console.print(f"\n{time.monotonic() - started:.0f} s in all.")

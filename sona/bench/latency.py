@@ -52,7 +52,7 @@ class _Stream:
 
 def run(*, output: Path | None = None) -> int:
     """Measure, print, write; the exit status is 1 when a bound is missed."""
-    return asyncio.run(_run(Console(), output))
+    return asyncio.run(_run(Console(soft_wrap=True), output))
 
 
 async def _run(console: Console, output: Path | None) -> int:

@@ -103,7 +103,7 @@ class _Book:
 
 def run(*, seeds: int = 5, output: Path | None = None, model: str = "") -> int:
     """Measure, print, write; returns the exit status."""
-    console, started = Console(), time.monotonic()
+    console, started = Console(soft_wrap=True), time.monotonic()
     book = asyncio.run(_run(seeds, model, console))
     figures = book.figures()
     missed = _show(console, figures)

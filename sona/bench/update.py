@@ -55,7 +55,7 @@ class _Case:
 
 def run(*, output: Path | None = None) -> int:
     """Measure, print, write; the exit status is 1 when a bound is missed."""
-    console, missed = Console(), 0
+    console, missed = Console(soft_wrap=True), 0
     figures: dict[str, dict[str, float]] = {}
     use_one_blas_thread()
     compile_buckets()
