@@ -33,7 +33,7 @@ from jaxtyping import Array, Bool, Float, Int
 # Padded [N, J]; each holds the one before it, so that a growing pattern moves to the right only.
 BUCKETS = (
     (32, 64), (32, 128), (64, 128), (64, 256),
-    (128, 256), (256, 512), (512, 1024), (2048, 1024),
+    (128, 256), (256, 512), (512, 1024), (1024, 1024), (2048, 1024),
 )  # fmt: skip
 MAX_POSITIONS, MAX_ROWS = BUCKETS[-1]
 
