@@ -1,7 +1,7 @@
 """kill -9 at random points: every acknowledged write is there, whole, and none is there twice.
 
 This file is also the program that gets killed: a few threads write feedback and adapter versions
-and say so after each acknowledgement. SONA_KILLS sets the number of kills (default 25), in
+and say so after each acknowledgement. KILLS_OF_STORAGE sets the number of kills (default 25), in
 rounds of 25 with a data directory each. (The program starts often, so pytest stays out of it.)
 """
 
@@ -273,7 +273,7 @@ def check_files(*paths):
 
 
 def pytest_generate_tests(metafunc):
-    kills = int(os.environ.get("SONA_KILLS", "25"))
+    kills = int(os.environ.get("KILLS_OF_STORAGE", "25"))
     metafunc.parametrize("first", range(0, kills, KILLS_PER_ROUND))
 
 
