@@ -10,6 +10,7 @@ import random
 
 import grpc.aio
 import pytest
+from support.server import until_learned
 
 from sona.bench.child import child_server
 from sona.v1 import feedback_pb2
@@ -50,7 +51,7 @@ class Clerk:
     async def check(self, clients):
         """Everything acknowledged is there, and in the end learned, or says what it gave way to."""
         states = [
-            await settled(clients[number % len(clients)], feedback_id)
+            await until_learned(clients[number % len(clients)], feedback_id)
             for feedback_id, number in self.acknowledged.items()
         ]
         learned = [s for s in states if s.state == feedback_pb2.FEEDBACK_STATE_LEARNED]
@@ -60,16 +61,6 @@ class Clerk:
         counts = {c.state: c.count for c in (await clients[0].learning_status()).feedback}
         unacknowledged = sum(counts.values()) - len(self.acknowledged)
         assert 0 <= unacknowledged <= self.sent - len(self.acknowledged)
-
-
-async def settled(client, feedback_id):
-    """A feedback once nothing more will become of it."""
-    while True:
-        feedback = await client.get_feedback(feedback_id)
-        is_open = feedback.state == feedback_pb2.FEEDBACK_STATE_ACCEPTED
-        if not is_open or feedback.reason:
-            return feedback
-        await asyncio.sleep(0.01)
 
 
 async def answers(clients, numbers, adapters=None):
