@@ -10,9 +10,9 @@ _SIZES = (16, 128, 1024)  # ids per compiled gather; more are taken in pieces
 
 
 class HeadRows:
-    """Gathers rows of the head matrix. Compiled on construction; then for any thread.
+    """Rows of the head matrix, for any thread. What it compiles, it compiles on construction.
 
-    Where the device is the host, its memory is read in place: no copy, no call.
+    Where the device is the host, its memory is read in place; elsewhere rows are gathered there.
     """
 
     def __init__(self, model: LoadedModel) -> None:

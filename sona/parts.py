@@ -52,15 +52,7 @@ def compose(
     routing: Routing,
 ) -> Parts:
     info, plan, events = warm.info, warm.plan, EventBus()
-    metrics = Metrics(
-        version=metadata.version("sona"),
-        model=info.name,
-        dtype=info.dtype,
-        base_hash=info.base_hash,
-    )
-    metrics.watch_engine(engine.stats)
-    metrics.watch_journal(journal.counts)
-    metrics.watch_adapters(lambda: len(store.slots()))
+    metrics = _metrics(warm, engine, journal, store)
     captures = CaptureRing(config.learning.capture_memory_bytes, config.data.retention_s)
     limits = Limits(
         model_names=(info.name,),
@@ -122,6 +114,20 @@ def compose(
         control=control,
         limits=limits,
     )
+
+
+def _metrics(warm: Warm, engine: EngineClient, journal: Journal, store: AdapterStore) -> Metrics:
+    """The registry, watching what counts for itself."""
+    metrics = Metrics(
+        version=metadata.version("sona"),
+        model=warm.info.name,
+        dtype=warm.info.dtype,
+        base_hash=warm.info.base_hash,
+    )
+    metrics.watch_engine(engine.stats)
+    metrics.watch_journal(journal.counts)
+    metrics.watch_adapters(lambda: len(store.slots()))
+    return metrics
 
 
 def _server_info(config: SonaConfig, warm: Warm) -> ServerInfo:

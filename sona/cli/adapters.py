@@ -67,7 +67,7 @@ def show(client: "Client", as_json: bool, **which: Any) -> None:
 @_OWNER
 @client_options
 def rollback(client: "Client", as_json: bool, **call: Any) -> None:
-    """Return to an earlier version; without --to-version to the one before."""
+    """Return to an earlier version; without --to-version take back the last feedback."""
     done = client.rollback(**call)
     if as_json:
         show_json(done)

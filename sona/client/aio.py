@@ -148,7 +148,7 @@ class AsyncClient:
         self,
         name: str,
         *,
-        to_version: int | None = None,  # None: the live version's parent; 0: before learning
+        to_version: int | None = None,  # None: take back the last feedback; 0: before learning
         scope: str = "",
         owner: str = "",
         reason: str = "",

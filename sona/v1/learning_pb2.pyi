@@ -927,7 +927,7 @@ class RollbackAdapterRequest(_message.Message):
     owner: _builtins.str
     """At principal scope: whose; empty: the caller's. Another's needs an operator."""
     to_version: _builtins.int
-    """The version to return to; 0: before anything was learned; not set: the live one's parent."""
+    """The version to return to; 0: before anything was learned; not set: take back the last feedback."""
     reason: _builtins.str
     """Kept with the new version."""
     def __init__(

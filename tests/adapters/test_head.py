@@ -56,7 +56,7 @@ def largest_shift(state):
     return np.abs(state.coefficients[:count] * state.columns["norm"][:, None]).max()
 
 
-def same(one, other):
+def assert_same(one, other):
     """Bit for bit: what is served and what is solved from here on."""
     left, right = export(one)[0], export(other)[0]
     for name in left.__slots__:
@@ -290,7 +290,7 @@ def test_a_correction_without_its_confirmation_becomes_a_convention_again(topic)
     batches = topic.batches(states[:4], np.full(4, target))
     confirmed = topic.batch("ok", states[4:], said[4:], is_edit=False)
     state, _ = topic.learned([*batches, confirmed])
-    same(remove(state, "ok", topic.rows), topic.learned(batches)[0])
+    assert_same(remove(state, "ok", topic.rows), topic.learned(batches)[0])
 
 
 def test_ten_contradictions_on_one_key_do_not_add_up(topic):
@@ -368,7 +368,7 @@ def test_removal_leaves_what_never_having_been_would(topic, index):
     batches += topic.batches(states[:3], np.roll(targets, 1)[:3], prefix="again")  # contradictions
     state, _ = topic.learned(batches)
     left = [batch for number, batch in enumerate(batches) if number != index]
-    same(remove(state, batches[index].feedback_id, topic.rows), topic.learned(left)[0])
+    assert_same(remove(state, batches[index].feedback_id, topic.rows), topic.learned(left)[0])
 
 
 def test_removing_the_last_feedback_restores_the_state_before_it(topic):
@@ -376,7 +376,7 @@ def test_removing_the_last_feedback_restores_the_state_before_it(topic):
     batches = topic.batches(states, targets)
     before, _ = topic.learned(batches[:5])
     after, _ = topic.learned(batches[5:], before)
-    same(remove(after, "f5", topic.rows), before)
+    assert_same(remove(after, "f5", topic.rows), before)
 
 
 def test_removal_takes_both_batches_of_a_feedback(topic):
@@ -384,7 +384,7 @@ def test_removal_takes_both_batches_of_a_feedback(topic):
     batches = topic.batches(states[:3], targets[:3])
     late = topic.batch("f1", states[3:], targets[3:])  # the rest of f1's answer
     state, _ = topic.learned([*batches, late])
-    same(remove(state, "f1", topic.rows), topic.learned([batches[0], batches[2]])[0])
+    assert_same(remove(state, "f1", topic.rows), topic.learned([batches[0], batches[2]])[0])
 
 
 def test_removal_of_an_unknown_feedback_is_refused(topic):
@@ -400,8 +400,8 @@ def test_a_log_folds_the_same_whether_or_not_the_sweeps_came_late(topic):
     for batch in batches:
         lazy, report = add(lazy, batch, topic.rows)
         assert not report.is_settled
-    same(settle(lazy)[0], eager)
-    same(replay(HeadState.empty(topic.metric), eager.log, topic.rows), eager)
+    assert_same(settle(lazy)[0], eager)
+    assert_same(replay(HeadState.empty(topic.metric), eager.log, topic.rows), eager)
 
 
 def test_older_states_survive_their_heirs(topic):
@@ -414,8 +414,8 @@ def test_older_states_survive_their_heirs(topic):
     np.testing.assert_array_equal(export(parent)[0].values, table.values)
     np.testing.assert_array_equal(export(parent)[0].keys, table.keys)
     np.testing.assert_array_equal(parent.log_odds, log_odds)
-    same(one, topic.learned(batches[:5])[0])
-    same(two, topic.learned([*batches[:3], batches[5]])[0])
+    assert_same(one, topic.learned(batches[:5])[0])
+    assert_same(two, topic.learned([*batches[:3], batches[5]])[0])
 
 
 def test_no_feedback_compiles_anything(topic):

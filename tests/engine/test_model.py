@@ -126,7 +126,9 @@ def test_missing_and_broken_config_are_named(tmp_path):
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])  # an untied head, and a tied one
 @pytest.mark.parametrize("count", [0, 1, 16, 17, 1500])
-def test_rows_of_the_head_are_those_of_the_file(tmp_path, family, count):
+@pytest.mark.parametrize("backend", ["cpu", "another"])  # read in place, or gathered
+def test_rows_of_the_head_are_those_of_the_file(tmp_path, monkeypatch, family, count, backend):
+    monkeypatch.setattr("engine.head_rows.jax.default_backend", lambda: backend)
     config, tensors = make_checkpoint(tmp_path, family)
     weights = tensors.get("lm_head.weight", tensors["model.embed_tokens.weight"])
     ids = np.random.default_rng(count).integers(0, len(weights), count)
