@@ -196,7 +196,7 @@ class Learning(Protocol):
     async def rollback(
         self, slot: SlotKey, to_version: int | None, reason: str, principal: Principal
     ) -> Rollback:
-        """Write a version that equals `to_version`; None: without the last feedback. Allowed already.
+        """Write a version that equals `to_version`; None: less the last feedback. Allowed already.
 
         Raises AdapterNotFound, CandidateRejected (it is live already).
         """
