@@ -32,7 +32,7 @@ that is what is served."""
 _LEAST_REMAINDER = 2.0**-10
 _LOG_FLOOR = np.float32(-200.0)  # stands in for log 0
 _LARGEST_LOG_RATIO = np.float32(80.0)
-_FEW_PAIRS = 65_536  # up to here comparing all with all is faster than a search
+_FEW_ROWS = 16  # up to here comparing all with all is faster than a search
 
 
 def log_norms(
@@ -48,16 +48,16 @@ def _hits(
     top_ids: Int[np.ndarray, "N Q"], row_ids: Int[np.ndarray, " J"]
 ) -> tuple[Int[np.ndarray, " H"], Int[np.ndarray, " H"], Int[np.ndarray, " H"]]:
     """Where captured ids are rows: position, place among the captured, row. Rows are distinct."""
-    if len(row_ids) * top_ids.size <= _FEW_PAIRS:
-        hit = np.flatnonzero(top_ids.ravel()[None, :] == row_ids[:, None])  # of the flat array
-        row, cell = np.divmod(hit, max(top_ids.size, 1))
-        position, place = np.divmod(cell, top_ids.shape[1])
-        return position, place, row
-    order = np.argsort(row_ids, kind="stable")
-    nearest = np.searchsorted(row_ids, top_ids, sorter=order).clip(max=len(row_ids) - 1)
-    row = order[nearest]
-    position, place = np.nonzero(row_ids[row] == top_ids)
-    return position, place, row[position, place]
+    ids = top_ids.ravel()
+    if len(row_ids) <= _FEW_ROWS:
+        row, cell = np.divmod(np.flatnonzero(ids == row_ids[:, None]), max(ids.size, 1))
+    else:
+        order = np.argsort(row_ids, kind="stable")
+        place = np.searchsorted(row_ids, ids, sorter=order).clip(max=len(row_ids) - 1)
+        cell = np.flatnonzero(row_ids[order[place]] == ids)
+        row = order[place[cell]]
+    position, place = np.divmod(cell, top_ids.shape[1])
+    return position, place, row
 
 
 def log_odds(

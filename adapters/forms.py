@@ -96,13 +96,12 @@ def conventions(
 
 
 def _shared_targets(evidence: Evidence) -> tuple[Int[np.ndarray, " T"], Int[np.ndarray, " T"]]:
-    """Targets that two or more feedbacks asked for, and one member of each."""
+    """Targets that two or more feedbacks asked for, ascending, and one member of each."""
     members = np.flatnonzero(evidence.is_member & ~evidence.is_repeat)
-    target, feedback = evidence.target[members], evidence.feedback[members]
-    order = np.lexsort((feedback, target))
-    target, feedback, members = target[order], feedback[order], members[order]
-    again = (target[1:] == target[:-1]) & (feedback[1:] != feedback[:-1])
-    if not again.any():
-        return target[:0], members[:0]
-    candidates, where = np.unique(target[1:][again], return_index=True)
-    return candidates, members[1:][again][where]
+    targets, feedbacks = evidence.target[members].tolist(), evidence.feedback[members].tolist()
+    asked_by, shared = dict(zip(targets, feedbacks, strict=True)), dict[int, int]()
+    for target, feedback, member in zip(targets, feedbacks, members.tolist(), strict=True):
+        if asked_by[target] != feedback:
+            shared[target] = member
+    candidates = sorted(shared)
+    return np.array(candidates, np.int32), np.array([shared[y] for y in candidates], np.int64)

@@ -7,7 +7,7 @@ import numpy as np
 from adapters.base_rows import BaseRows, HeadRows
 from adapters.batch import Batch
 from adapters.errors import CandidateRejected
-from adapters.solve import MAX_POSITIONS, MAX_ROWS, bucket_of
+from adapters.solve import FLOOR, MAX_POSITIONS, MAX_ROWS, bucket_of
 from adapters.state import POSITION, HeadState, logit
 
 # A confirmed token keeps its fraction within these: a rare one is not protected to the last
@@ -53,55 +53,75 @@ def grow(state: HeadState, batch: Batch, row_ids: np.ndarray, head_rows: HeadRow
     if coefficients.shape != shape:
         coefficients = np.zeros(shape, np.float32)
         coefficients[: state.gram.shape[0], : state.coefficients.shape[1]] = state.coefficients
+    served = _served(state, base, cross, shape)
     known = state.feedback_ids
     ids = known if batch.feedback_id in known else (*known, batch.feedback_id)
+    feedback = ids.index(batch.feedback_id)
     return replace(
         state,
         base=base,
         keys=state.keys.append(new_keys),
         gram=gram,
-        columns=_columns(state, batch, base, cross, ids.index(batch.feedback_id)),
+        columns=_columns(state, batch, base, np.diagonal(cross, old), served, feedback),
         coefficients=coefficients,
+        served=served,
         feedback_ids=ids,
     )
 
 
+def _served(
+    state: HeadState, base: BaseRows, cross: np.ndarray, shape: tuple[int, int]
+) -> np.ndarray:
+    """The served logits with the new positions and rows, which nobody has stepped for yet."""
+    old, count = state.num_positions, base.num_positions
+    num_old_rows, num_rows = state.base.num_rows, base.num_rows
+    served = np.full(shape, FLOOR, np.float32)
+    served[:old, :num_old_rows] = state.served[:old, :num_old_rows]
+    served[:old, num_old_rows:num_rows] = base.logits[:old, num_old_rows:num_rows]
+    new = served[old:count, :num_rows]
+    new[:] = base.logits[old:count, :num_rows]
+    kernel = cross[:, :old] + state.features(base.top_ids.rows[old:, 0])
+    new[:, :num_old_rows] += kernel @ state.coefficients[:old, :num_old_rows]
+    return served
+
+
 def _columns(
-    state: HeadState, batch: Batch, base: BaseRows, cross: np.ndarray, feedback: int
+    state: HeadState,
+    batch: Batch,
+    base: BaseRows,
+    norm: np.ndarray,
+    served: np.ndarray,
+    feedback: int,
 ) -> np.ndarray:
     """The old columns and those of the batch; a constraint needs what it has by now."""
     config, old = state.config, state.num_positions
-    columns = np.zeros(old + len(batch.targets), POSITION)
+    columns = np.zeros(base.num_positions, POSITION)
     columns[:old] = state.columns
     new = columns[old:]
     new["target"], new["row"] = batch.targets, base.columns(batch.targets)
     new["argmax"] = batch.capture.top_ids[:, 0]
     new["argmax_logit"] = batch.capture.top_logprobs[:, 0]
-    new["feedback"], new["norm"] = feedback, np.diagonal(cross, old)
+    new["feedback"], new["norm"] = feedback, norm
     new["is_edit"], new["is_active"] = batch.is_edit, True
     new["need"] = logit(config.target_probability)
     kept = np.flatnonzero(~batch.is_edit)
     if len(kept):
-        best = _best_probability(state, base, old + kept, new["row"][kept], cross[kept, :old])
+        best = _best_probability(base, served, old + kept, new["row"][kept])
         share = config.constraint_fraction * best
         new["need"][kept] = logit(share.clip(_LEAST_NEED, _MOST_NEED))
     return columns
 
 
 def _best_probability(
-    state: HeadState, base: BaseRows, positions: np.ndarray, row: np.ndarray, cross: np.ndarray
+    base: BaseRows, served: np.ndarray, positions: np.ndarray, row: np.ndarray
 ) -> np.ndarray:
     """Probability of new positions' targets, served or base, whichever is higher.
 
     The base's counts too: an edit may have pushed a token down that is now declared right.
     """
-    num_old, num_old_rows = state.num_positions, state.base.num_rows
-    logits = base.logits[positions, : base.num_rows]
-    own = np.arange(len(row)), row
-    base_logit = logits[own]  # relative to the log-sum-exp: a log-probability
-    kernel = cross + state.features(base.top_ids.rows[positions, 0])
-    logits[:, :num_old_rows] += kernel @ state.coefficients[:num_old, :num_old_rows]
-    rest = base.rest[positions]
+    before = base.logits[positions, row]  # relative to the log-sum-exp: a log-probability
+    logits, rest = served[positions], base.rest[positions]
     peak = np.maximum(logits.max(1), rest)
     total = np.exp(logits - peak[:, None]).sum(1) + np.exp(rest - peak)
-    return np.exp(np.maximum(base_logit, logits[own] - peak - np.log(total)))
+    after = logits[np.arange(len(row)), row] - peak - np.log(total)
+    return np.exp(np.maximum(before, after))

@@ -5,7 +5,7 @@ from typing import Self
 
 import numpy as np
 
-_MIN_CAPACITY = 32  # rows
+_MIN_CAPACITY = 256  # rows; memory that nobody wrote to costs nothing, copying it does
 
 
 @dataclass(slots=True)

@@ -40,10 +40,10 @@ MAX_POSITIONS, MAX_ROWS = BUCKETS[-1]
 # Log-odds aimed at beyond the need, so that a sweep ends strictly inside instead of creeping up
 # to the bound; 0.2 nat is p' = 0.992 for p* = 0.99.
 AIM_MARGIN = 0.2
-_NEWTON_STEPS = 4  # error below 1e-6 nat from 40 nats away
+NEWTON_STEPS = 4  # error below 1e-6 nat from 40 nats away
 _EXCESS, _MAX_EXCESS = 0.5, 2.0  # of tau; nats
 _LEAST_STEP = 1e-3  # nats; a position at its bound moves less and no longer keeps a sweep going
-_FLOOR = -1e30  # finite stand-in for -inf
+FLOOR = -1e30  # finite stand-in for -inf
 
 
 class Problem(NamedTuple):
@@ -67,6 +67,7 @@ class Solution(NamedTuple):
     """What the solver found. Coefficients are zero past N, J and where nobody stepped."""
 
     coefficients: Float[np.ndarray, "PN PJ"]
+    served: Float[np.ndarray, "PN PJ"]  # logits with them; FLOOR past N, J and where inactive
     log_odds: Float[np.ndarray, " N"]
     num_sweeps: int
     num_steps: int
@@ -103,7 +104,7 @@ def _log_odds(
     logits: Float[Array, "N J"], rest: Float[Array, " N"], target: Int[Array, " N"]
 ) -> Float[Array, " N"]:
     is_target = jnp.arange(logits.shape[1])[None, :] == target[:, None]
-    others = jnp.where(is_target, _FLOOR, logits)
+    others = jnp.where(is_target, FLOOR, logits)
     peak = jnp.maximum(others.max(axis=1), rest)
     total = jnp.exp(others - peak[:, None]).sum(axis=1) + jnp.exp(rest - peak)
     own = jnp.take_along_axis(logits, target[:, None], axis=1)[:, 0]
@@ -112,7 +113,7 @@ def _log_odds(
 
 def _rivals(row: Float[Array, " J"], rest: Float[Array, ""], target: Int[Array, ""]) -> _Rivals:
     is_target = jnp.arange(row.shape[0]) == target
-    others = jnp.where(is_target, _FLOOR, row)
+    others = jnp.where(is_target, FLOOR, row)
     peak = jnp.maximum(others.max(), rest)
     return _Rivals(jnp.exp(others - peak), jnp.exp(rest - peak), row[target] - peak, is_target)
 
@@ -125,7 +126,7 @@ def _tau(
 ) -> Float[Array, ""]:
     """How far along `direction` the log-odds reach `aim`, in [0, max_step]. Newton from below."""
     tau = jnp.float32(0)
-    for _ in range(_NEWTON_STEPS):
+    for _ in range(NEWTON_STEPS):
         moved = rivals.mass * jnp.exp(tau * direction)
         total = moved.sum() + rivals.rest
         gap = aim - (rivals.lead + tau - jnp.log(total))
@@ -196,13 +197,13 @@ def _solve(
     ids: Int[Array, "5 N"],
     limits: Int[Array, "2"],
     weights: Float[Array, "4"],
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, Array, Array, Array]:
     problem = _traced(gram, numbers, ids, weights)
     num_rows, max_sweeps = limits
     active, is_row = problem.is_active, jnp.arange(warm.shape[1]) < num_rows
     cell = active[:, None] & is_row[None, :]
     coefficients = jnp.where(cell, warm, jnp.float32(0))
-    logits = jnp.where(cell, base, _FLOOR) + problem.kernel @ coefficients
+    logits = jnp.where(cell, base, FLOOR) + problem.kernel @ coefficients
     start = _State(coefficients, logits)
     state, steps = _pass(problem, active & (ids[4] > 0), start, 0.0)
 
@@ -218,7 +219,7 @@ def _solve(
     carry = (state, jnp.int32(1), jnp.int32(0), steps)
     state, _, sweeps, steps = jax.lax.while_loop(unfinished, sweep, carry)
     log_odds = _log_odds(state.logits, problem.rest, problem.target)
-    return state.coefficients, log_odds, jnp.stack([sweeps, steps])
+    return state.coefficients, state.logits, log_odds, jnp.stack([sweeps, steps])
 
 
 @functools.cache
@@ -252,8 +253,8 @@ def solve(problem: Problem, warm: np.ndarray, *, max_sweeps: int) -> Solution:
     hosts = _hosts()
     with jax.default_device(hosts[0]) if hosts else contextlib.nullcontext():
         parts = _solve(problem.gram, problem.logits, warm, numbers, ids, limits, weights)
-        coefficients, log_odds, effort = (np.asarray(part) for part in parts)
-    return Solution(coefficients, log_odds[:count], int(effort[0]), int(effort[1]))
+        coefficients, served, log_odds, effort = (np.asarray(part) for part in parts)
+    return Solution(coefficients, served, log_odds[:count], int(effort[0]), int(effort[1]))
 
 
 def bucket_of(num_positions: int, num_rows: int) -> tuple[int, int]:

@@ -54,6 +54,8 @@ class HeadState:
     gram: np.ndarray  # [N', N'] float32, h_i^T M h_j; garbage past N
     columns: np.ndarray  # [N] of POSITION
     coefficients: np.ndarray  # [N', J'] float32, a_j; zero past N, J
+    served: np.ndarray  # [N', J'] float32, logits with them, relative to the base log-sum-exp;
+    #                     far below any other past N, J; meaningless where replaced
     log_odds: np.ndarray  # [N] float32, served; meaningless where replaced
     feedback_ids: tuple[str, ...] = ()
     is_settled: bool = True  # the sweeps have run
@@ -71,6 +73,7 @@ class HeadState:
             gram=np.zeros((0, 0), np.float32),
             columns=np.zeros(0, POSITION),
             coefficients=np.zeros((0, 0), np.float32),
+            served=np.zeros((0, 0), np.float32),
             log_odds=np.zeros(0, np.float32),
         )
 
@@ -95,9 +98,10 @@ class HeadState:
         """Served probability of each position's target [N] float64; meaningless where replaced."""
         return np.array([probability(odds) for odds in self.log_odds])
 
-    def features(self, argmax: np.ndarray) -> np.ndarray:
-        """The kernel less h^T M h, from queries with this base argmax [Q] to all edits: [Q, N]."""
+    def features(self, argmax: np.ndarray, edits: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """The kernel less h^T M h, from queries with this base argmax [Q] to edits [E]: [Q, E]."""
         columns, config, scale = self.columns, self.config, self.metric.mean_norm
-        token = config.token_weight * scale * (argmax[:, None] == columns["argmax"][None, :])
-        const = config.const_weight * scale
-        return np.where(columns["is_convention"], const, token).astype(np.float32)
+        token_weight = np.float32(config.token_weight * scale)
+        const_weight = np.float32(config.const_weight * scale)
+        token = token_weight * (argmax[:, None] == columns["argmax"][edits])
+        return np.where(columns["is_convention"][edits], const_weight, token)

@@ -91,13 +91,14 @@ def export(state: HeadState, limits: TableLimits | None = None) -> tuple[HeadTab
     limits = limits or TableLimits()
     coefficients = state.coefficients[: state.num_positions, : state.base.num_rows]
     used = np.flatnonzero(coefficients.any(1))
-    rows = np.flatnonzero(coefficients[used].any(0))
+    coefficients = coefficients[used]
+    rows = np.flatnonzero(coefficients.any(0))
     num_dropped_rows = max(len(rows) - limits.max_rows, 0)
     if num_dropped_rows:
-        energy = (_shifts(state, coefficients[:, rows]) ** 2).sum(0)
+        energy = (_shifts(state, used, coefficients[:, rows]) ** 2).sum(0)
         rows = np.sort(rows[np.argsort(-energy, kind="stable")[: limits.max_rows]])
-    factors = _factors(state, coefficients[:, rows], used, rows, limits.rank)
     tokens, num_dropped_tokens = _tokens(state, coefficients, used, limits.max_tokens)
+    factors = _factors(state, coefficients[:, rows], used, rows, limits.rank)
     table = _table(state, factors, rows, tokens)
     after = state.log_odds
     if factors.form == "truncated" or num_dropped_rows or num_dropped_tokens:
@@ -108,32 +109,42 @@ def export(state: HeadState, limits: TableLimits | None = None) -> tuple[HeadTab
 def _factors(
     state: HeadState, coefficients: np.ndarray, used: np.ndarray, rows: np.ndarray, rank: int
 ) -> _Factors:
-    """The first of the three factorisations that fits. `rows` numbers the coefficients' columns."""
+    """The first of the three factorisations that fits, of the coefficients [used, rows]."""
     is_convention = state.columns["is_convention"][used]
     merged, singles = used[is_convention], used[~is_convention]
-    targets, group = np.unique(state.columns["row"][merged], return_inverse=True)
+    targets, group = _distinct(state.columns["row"][merged])
     if len(targets) + len(singles) <= rank:
         mix = np.zeros((len(merged), len(targets)), np.float32)
-        mix[np.arange(len(merged)), group] = coefficients[merged].sum(1)  # at y, zero elsewhere
+        at_target = coefficients[is_convention].sum(1)  # zero elsewhere
+        mix[np.arange(len(merged)), group] = at_target
         is_target = (rows[None, :] == targets[:, None]).astype(np.float32)
-        values = np.concatenate([is_target, coefficients[singles]])
+        values = np.concatenate([is_target, coefficients[~is_convention]])
         return _Factors("merged", merged, mix, singles, values)
     nobody = np.zeros(0, np.int64)
     if len(rows) <= rank:
         identity = np.eye(len(rows), dtype=np.float32)
-        return _Factors("by row", used, coefficients[used], nobody, identity)
-    directions = _leading_directions(state, coefficients, rank)
-    mix = coefficients[used] @ directions
-    return _Factors("truncated", used, mix, nobody, directions.T.copy())
+        return _Factors("by row", used, coefficients, nobody, identity)
+    directions = _leading_directions(state, coefficients, used, rank)
+    return _Factors("truncated", used, coefficients @ directions, nobody, directions.T.copy())
 
 
-def _leading_directions(state: HeadState, coefficients: np.ndarray, rank: int) -> np.ndarray:
+def _distinct(values: np.ndarray) -> tuple[np.ndarray, list[int]]:
+    """The values without repetition, ascending, and the place of each among them."""
+    each = values.tolist()
+    distinct = sorted(set(each))
+    place = {value: number for number, value in enumerate(distinct)}
+    return np.array(distinct, np.int32), [place[value] for value in each]
+
+
+def _leading_directions(
+    state: HeadState, coefficients: np.ndarray, used: np.ndarray, rank: int
+) -> np.ndarray:
     """Orthonormal directions of the rows [J, R] that carry most of the weighted shift."""
     columns = state.columns
     is_edit = columns["is_active"] & columns["is_edit"]
     is_constraint = columns["is_active"] & ~columns["is_edit"]
     weight = is_edit / max(is_edit.sum(), 1) + is_constraint / max(is_constraint.sum(), 1)
-    shifts = _shifts(state, coefficients).astype(np.float64) * np.sqrt(0.5 * weight)[:, None]
+    shifts = _shifts(state, used, coefficients).astype(np.float64) * np.sqrt(0.5 * weight)[:, None]
     if shifts.shape[0] < shifts.shape[1]:
         energy, left = np.linalg.eigh(shifts @ shifts.T)
         kept = np.flatnonzero(energy > 1e-12 * energy[-1])[::-1][:rank]
@@ -141,22 +152,21 @@ def _leading_directions(state: HeadState, coefficients: np.ndarray, rank: int) -
     return np.linalg.eigh(shifts.T @ shifts)[1][:, ::-1][:, :rank].astype(np.float32)
 
 
-def _shifts(state: HeadState, coefficients: np.ndarray) -> np.ndarray:
+def _shifts(state: HeadState, used: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
     """The shift of each row at each of the pattern's positions [N, J]."""
-    count = state.num_positions
-    kernel = state.gram[:count, :count] + state.features(state.columns["argmax"])
-    return kernel @ coefficients
+    kernel = state.gram[: state.num_positions, used]
+    return (kernel + state.features(state.columns["argmax"], used)) @ coefficients
 
 
 def _tokens(
     state: HeadState, coefficients: np.ndarray, used: np.ndarray, limit: int
 ) -> tuple[np.ndarray, int]:
     """The base tokens that the table answers to, and how many were too weak to be kept."""
-    relabels = used[~state.columns["is_convention"][used]]
-    tokens, inverse = np.unique(state.columns["argmax"][relabels], return_inverse=True)
+    is_relabel = ~state.columns["is_convention"][used]
+    tokens, place = _distinct(state.columns["argmax"][used[is_relabel]])
     if len(tokens) <= limit:
         return tokens, 0
-    total = np.bincount(inverse, np.linalg.norm(coefficients[relabels], axis=1), len(tokens))
+    total = np.bincount(place, np.linalg.norm(coefficients[is_relabel], axis=1), len(tokens))
     kept = np.sort(np.argsort(-total, kind="stable")[:limit])
     return tokens[kept], len(tokens) - limit
 
@@ -169,7 +179,7 @@ def _table(state: HeadState, factors: _Factors, rows: np.ndarray, tokens: np.nda
     const_weight = np.float32(config.const_weight * scale)
     return HeadTable(
         keys=factors.of(state.keys.rows),
-        token_ids=tokens.astype(np.int32),
+        token_ids=tokens,
         token_keys=factors.of(answers_to.astype(np.float32)) * token_weight,
         const_keys=factors.of(is_convention[:, None].astype(np.float32))[:, 0] * const_weight,
         row_ids=state.base.row_ids[rows],
@@ -195,8 +205,9 @@ def _report(
     dropped: tuple[int, int],
 ) -> TableReport:
     columns, before = state.columns, state.log_odds
-    is_edit = columns["is_active"] & columns["is_edit"]
-    is_constraint = columns["is_active"] & ~columns["is_edit"]
+    active, edits, need = columns["is_active"], columns["is_edit"], columns["need"]
+    is_edit, is_constraint = active & edits, active & ~edits
+    is_kept = after > 0
     return TableReport(
         form=form,
         rank=len(table.keys),
@@ -204,14 +215,14 @@ def _report(
         num_tokens=len(table.token_ids),
         num_dropped_rows=dropped[0],
         num_dropped_tokens=dropped[1],
-        num_edits=int(is_edit.sum()),
-        num_kept_before=int((before[is_edit] > 0).sum()),
-        num_kept_after=int((after[is_edit] > 0).sum()),
-        num_constraints=int(is_constraint.sum()),
-        num_holding_before=int((before >= columns["need"])[is_constraint].sum()),
-        num_holding_after=int((after >= columns["need"])[is_constraint].sum()),
-        min_probability_before=probability(before[is_edit].min(initial=np.inf)),
-        min_probability_after=probability(after[is_edit].min(initial=np.inf)),
-        lost=state.feedbacks(is_edit & ~(after > 0)),
-        replaced=state.feedbacks(columns["is_edit"] & ~columns["is_active"]),
+        num_edits=int(np.count_nonzero(is_edit)),
+        num_kept_before=int(np.count_nonzero(is_edit & (before > 0))),
+        num_kept_after=int(np.count_nonzero(is_edit & is_kept)),
+        num_constraints=int(np.count_nonzero(is_constraint)),
+        num_holding_before=int(np.count_nonzero(is_constraint & (before >= need))),
+        num_holding_after=int(np.count_nonzero(is_constraint & (after >= need))),
+        min_probability_before=probability(before.min(initial=np.inf, where=is_edit)),
+        min_probability_after=probability(after.min(initial=np.inf, where=is_edit)),
+        lost=state.feedbacks(is_edit & ~is_kept),
+        replaced=state.feedbacks(edits & ~active),
     )

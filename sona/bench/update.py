@@ -50,7 +50,7 @@ class _Case:
     name: str
     metric: KeyMetric
     head_rows: HeadRows
-    patterns: Iterator[Sequence[Batch]]  # each EDITS updates, made before they are timed
+    patterns: Sequence[Sequence[Batch]]  # each EDITS updates, all made before any is timed
 
 
 def run(*, output: Path | None = None) -> int:
@@ -80,9 +80,9 @@ def run(*, output: Path | None = None) -> int:
 
 def _cases() -> Iterator[_Case]:
     nano = nano_states()
-    yield _Case("sona-nano", nano.metric, nano.head_rows, iter(nano.patterns))
+    yield _Case("sona-nano", nano.metric, nano.head_rows, nano.patterns)
     large = SyntheticStates(896, 151_936, seed=0)
-    patterns = (large.pattern(number) for number in range(PATTERNS))
+    patterns = [large.pattern(number) for number in range(PATTERNS)]
     yield _Case("d=896, V=151936", large.metric, large.head_rows, patterns)
 
 

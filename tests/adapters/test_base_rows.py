@@ -27,10 +27,10 @@ def shuffled_rows(world, states, count):
     return world.rng.permutation(ids).astype(np.int32)
 
 
-@pytest.mark.parametrize("few_pairs", [0, 10**9], ids=["searched", "compared"])
+@pytest.mark.parametrize("few_rows", [0, 10**9], ids=["searched", "compared"])
 @pytest.mark.parametrize("is_rounded", [True, False], ids=["exact-h", "bf16-h"])
-def test_every_token_is_counted_once(world, is_rounded, few_pairs, monkeypatch):
-    monkeypatch.setattr("adapters.base_rows._FEW_PAIRS", few_pairs)
+def test_every_token_is_counted_once(world, is_rounded, few_rows, monkeypatch):
+    monkeypatch.setattr("adapters.base_rows._FEW_ROWS", few_rows)
     states = world.generic(12)
     states = bf16(states) if is_rounded else states
     ids = shuffled_rows(world, states, 40)
