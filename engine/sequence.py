@@ -108,7 +108,7 @@ class Sequence:
         """All captured positions in order, or None when nothing was captured."""
         if not self.captured:
             return None
-        columns = (np.stack([step[i][row] for step, row in self.captured]) for i in range(4))
+        columns = (np.array([step[i][row] for step, row in self.captured]) for i in range(4))
         hidden, top_ids, top_logprobs, rest = columns
         return Capture(hidden=hidden, top_ids=top_ids, top_logprobs=top_logprobs, rest_logprob=rest)
 

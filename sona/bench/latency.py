@@ -5,8 +5,10 @@ loaded    the same beside an open-loop load of half the measured capacity
 beside    inter-token time at that load with a multi-token correction a second, against the same
           without learning: the same requests, none kept, and scores instead of corrections
 
-The phases of `beside` alternate in one server: two processes that do the same differ by more than
-what is measured (up to 1.4 here, with either of them the slower one).
+The phases of `beside` alternate in one server and under one load that never stops: two processes
+that do the same differ by more than what is measured (up to 1.4 here, with either of them the
+slower one), and a load that starts anew has nothing steady to compare. Its requests come at even
+distances there; by chance they would come by a tenth more or less from phase to phase.
 """
 
 import asyncio
@@ -28,8 +30,9 @@ from sona.client import AsyncClient
 _STUDENTS = 8
 _PER_STUDENT = 8  # corrections; 64 in all for each setting
 _CAPACITY_S = 5.0
-_PHASE_S = 2.0  # short: the machine around us changes from one second to the next
-_PHASES = 40  # of each kind, alternating
+_PHASE_S = 1.5  # short: the machine around us changes from one second to the next
+_SETTLE_S = 0.5  # before each phase: requests of the one before it end
+_PHASES = 80  # of each kind, alternating
 _IDLE_MS = 50.0
 _RATIO = 1.05
 _MAX_TRIES = 500
@@ -49,6 +52,7 @@ class _Samples:
 class _Stream:
     """What the load saw, in seconds."""
 
+    learn: bool = True  # of requests from now on: states and tokens are kept for feedback
     first_token: list[float] = field(default_factory=list)
     between: list[float] = field(default_factory=list)
 
@@ -116,18 +120,19 @@ _LOAD = {
 
 
 @contextlib.asynccontextmanager
-async def _load(client: AsyncClient, rate: float, *, learn: bool = True) -> AsyncIterator[_Stream]:
-    """Requests at random times, `rate` a second on average, while the context lasts.
-
-    With `learn` their states and tokens are kept for feedback.
-    """
+async def _load(
+    client: AsyncClient, rate: float, *, is_even: bool = False
+) -> AsyncIterator[_Stream]:
+    """Requests at random times, or at even distances, `rate` a second, while the context lasts."""
     seen, rng = _Stream(), np.random.default_rng(0)
 
     async def arrive() -> None:
+        due = time.monotonic()
         async with asyncio.TaskGroup() as tasks:
             while True:
-                tasks.create_task(_watched(client, seen, learn=learn))
-                await asyncio.sleep(float(rng.exponential(1 / rate)))
+                tasks.create_task(_watched(client, seen))
+                due += 1 / rate if is_even else float(rng.exponential(1 / rate))
+                await asyncio.sleep(due - time.monotonic())
 
     task = asyncio.create_task(arrive())
     try:
@@ -138,16 +143,16 @@ async def _load(client: AsyncClient, rate: float, *, learn: bool = True) -> Asyn
             await task
 
 
-async def _watched(client: AsyncClient, seen: _Stream, *, learn: bool) -> None:
+async def _watched(client: AsyncClient, seen: _Stream) -> None:
     """One streamed request, with its first and its later tokens timed."""
     last, is_first = time.monotonic(), True
-    async for event in client.stream(_LOAD_PROMPT, **_LOAD, learn=learn):
+    async for event in client.stream(_LOAD_PROMPT, **_LOAD, learn=seen.learn):
         if event.HasField("delta") and event.delta.token_ids:
             now = time.monotonic()
             if is_first:
                 seen.first_token.append(now - last)
             else:
-                seen.between += [(now - last) / len(event.delta.token_ids)]
+                seen.between.append((now - last) / len(event.delta.token_ids))
             last, is_first = now, False
 
 
@@ -202,22 +207,22 @@ async def _beside(child: Child, rate: float) -> list[float]:
     """Inter-token p50 with learning over p50 without, pair of phases by pair."""
     ratios = []
     convention = Convention("F1", "date-slash", 0)
-    lessons = convention.teach_items(np.random.default_rng(9), 400)
-    for pair in range(_PHASES):
-        medians = {}
-        for is_learning in (pair % 2 == 0, pair % 2 == 1):
-            teaching = _teach(child, convention, lessons, corrects=is_learning)
-            teacher = asyncio.create_task(teaching)
-            async with (
-                child.client("load") as client,
-                _load(client, rate, learn=is_learning) as seen,
-            ):
+    lessons = convention.teach_items(np.random.default_rng(9), 8 * _PHASES)
+    async with child.client("load") as client, _load(client, rate, is_even=True) as seen:
+        for pair in range(_PHASES):
+            medians = {}
+            for is_learning in (pair % 2 == 0, pair % 2 == 1):
+                seen.learn = is_learning
+                teaching = _teach(child, convention, lessons, corrects=is_learning)
+                teacher = asyncio.create_task(teaching)
+                await asyncio.sleep(_SETTLE_S)
+                seen.between = []
                 await asyncio.sleep(_PHASE_S)
-            teacher.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await teacher
-            medians[is_learning] = quantile(seen.between, 0.5)
-        ratios.append(medians[True] / medians[False])
+                medians[is_learning] = quantile(seen.between, 0.5)
+                teacher.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await teacher
+            ratios.append(medians[True] / medians[False])
     return ratios
 
 

@@ -87,7 +87,7 @@ class Journal:
         self._is_closed = False
 
     def record_request(self, request: RequestRecord) -> Future[None]:
-        """Store a request. From now on `request` finds it, committed or not.
+        """Store a request, with the next feedback or soon. `request` finds it from now on.
 
         The future raises RequestExists. Requests sent with learn=false are not given to the
         journal at all.
@@ -99,6 +99,7 @@ class Journal:
             future = self._writer.submit(
                 lambda db: writes.insert_request(db, request, oldest=self._oldest()),
                 num_bytes=_request_bytes(request),
+                is_patient=True,
             )
         except (Overloaded, ShuttingDown):
             self._arrived(key, request)

@@ -3,7 +3,8 @@
     callers ── submit ──▶ bounded queue ──▶ BEGIN · call · call · call · COMMIT ──▶ their futures
 
 A future resolves only after the commit that holds its call. While a commit waits for the disk the
-next group gathers, so nothing waits on purpose and a busy disk sees few commits.
+next group gathers, so a busy disk sees few commits. Nothing waits on purpose but patient calls,
+which nobody is waiting for: they gather until one that is not patient comes, or for `PATIENCE_S`.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ from typing import Any, TypeVar
 
 from sona.errors import JournalError, Overloaded, ShuttingDown
 
+PATIENCE_S = 0.2
 _GROUP_S = 0.005  # a transaction takes no more calls this long after it began
 _REST_S = 0.1  # without a call: time to checkpoint
 _JOIN_S = 30.0
@@ -34,6 +36,7 @@ log = logging.getLogger(__name__)
 class _Call:
     operation: Callable[[sqlite3.Connection], Any]
     num_bytes: int
+    is_patient: bool
     future: Future[Any]
 
 
@@ -80,11 +83,12 @@ class Writer:
         self._max_queued = max_queued
         self._max_queued_bytes = max_queued_bytes
         self._connection: sqlite3.Connection | None = connect()
-        # The condition guards the queue, its bytes, is_closed and num_refused.
+        # The condition guards the queue, its bytes, is_closed, is_gathering and num_refused.
         self._changed = threading.Condition()
         self._queue: deque[_Call] = deque()
         self._queued_bytes = 0
         self._is_closed = False
+        self._is_gathering = False  # the thread waits for a call that is not patient
         self._num_refused = 0
         # Written by the thread alone; readers see each number whole.
         self._has_wal = False  # commits since the last checkpoint
@@ -96,7 +100,11 @@ class Writer:
         self._thread.start()
 
     def submit(
-        self, operation: Callable[[sqlite3.Connection], T], *, num_bytes: int = 0
+        self,
+        operation: Callable[[sqlite3.Connection], T],
+        *,
+        num_bytes: int = 0,
+        is_patient: bool = False,
     ) -> Future[T]:
         """Queue a call. It runs inside the writer's transaction, and only there.
 
@@ -107,7 +115,7 @@ class Writer:
           Overloaded: the queue is full.
           ShuttingDown: after `close`.
         """
-        call: _Call = _Call(operation, num_bytes, Future())
+        call: _Call = _Call(operation, num_bytes, is_patient, Future())
         with self._changed:
             if self._is_closed:
                 raise ShuttingDown("the journal is closed; send the call to the next server")
@@ -120,7 +128,9 @@ class Writer:
                 )
             self._queue.append(call)
             self._queued_bytes += num_bytes
-            self._changed.notify()
+            if not (is_patient and self._is_gathering and self._has_room(0)):
+                self._is_gathering = False
+                self._changed.notify()
         return call.future
 
     def counts(self) -> WriterCounts:
@@ -137,7 +147,7 @@ class Writer:
     def close(self) -> None:
         """Refuse new calls, commit those that wait, end the thread. Idempotent."""
         with self._changed:
-            self._is_closed = True
+            self._is_closed, self._is_gathering = True, False
             self._changed.notify()
         self._thread.join(_JOIN_S)
         if self._thread.is_alive():
@@ -160,10 +170,19 @@ class Writer:
             self._queued_bytes -= call.num_bytes
             return call
 
+    def _gather(self, call: _Call) -> None:
+        """Wait for more to commit with a patient call; for an impatient one not at all."""
+        with self._changed:
+            is_idle = all(other.is_patient for other in self._queue) and not self._is_closed
+            self._is_gathering = call.is_patient and is_idle
+            self._changed.wait_for(lambda: not self._is_gathering, PATIENCE_S)
+            self._is_gathering = False
+
     def _run(self) -> None:
         while True:
             call = self._take(wait_s=_REST_S if self._has_wal else None)
             if call is not None:
+                self._gather(call)
                 started = time.perf_counter()
                 self._commit_group(call)
                 self._commit_s += time.perf_counter() - started

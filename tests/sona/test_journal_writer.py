@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import sqlite3
 import threading
 import time
@@ -286,3 +287,45 @@ def test_an_idle_journal_moves_its_log_into_the_database(journal, path):
             moved = without_log.execute("SELECT feedback_id FROM feedback").fetchone()
         without_log.close()
     assert moved == ("f0",)
+
+
+def forever(monkeypatch):
+    """Patient calls wait until something makes them go."""
+    monkeypatch.setattr("sona.journal.writer.PATIENCE_S", 3600.0)
+
+
+def test_requests_are_committed_with_the_feedback_that_follows(path, monkeypatch):
+    forever(monkeypatch)
+    with Journal(path) as journal:
+        requests = [journal.record_request(request(f"r{number}")) for number in range(5)]
+        assert journal.request("acme", "r4").prompt_ids == (1,)  # found before its commit
+        journal.add_feedback(feedback("f", "r4")).result(10)
+        assert all(future.done() for future in requests)
+        assert journal.counts().num_commits == 1
+
+
+def test_requests_alone_are_committed_soon(path):
+    with Journal(path) as journal:
+        journal.record_request(request("r")).result(10)
+        assert journal.counts().num_requests == 1
+
+
+def test_a_full_queue_does_not_wait(path, monkeypatch):
+    forever(monkeypatch)
+    with Journal(path, max_queued=3) as journal:
+        first, until = journal.record_request(request("r0")), time.monotonic() + 10
+        for number in itertools.count(1):
+            if first.done() or time.monotonic() > until:
+                break
+            with contextlib.suppress(Overloaded):
+                journal.record_request(request(f"r{number}"))
+        first.result(0)
+
+
+def test_closing_commits_what_waits(path, monkeypatch):
+    forever(monkeypatch)
+    with Journal(path) as journal:
+        waiting = [journal.record_request(request(f"r{number}")) for number in range(3)]
+    assert all(future.result(0) is None for future in waiting)
+    with Journal(path) as journal:
+        assert journal.counts().num_requests == 3
