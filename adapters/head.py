@@ -67,6 +67,7 @@ def add(state: HeadState, batch: Batch, head_rows: HeadRows) -> tuple[HeadState,
     if grown.num_positions == state.num_positions:
         return replace(grown, log=(*state.log, batch)), _report(grown, (0, 0), num_dropped, ())
     verdict = _contradictions(grown, state.num_positions)
+    grown.columns["has_yielded"][state.num_positions :] = ~verdict.is_active[state.num_positions :]
     columns, warm, is_first = _choose_forms(grown, state.num_positions, verdict)
     solution = _stepped(grown, columns, warm, is_first, state.num_positions)
     added = replace(

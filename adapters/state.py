@@ -34,7 +34,8 @@ POSITION = np.dtype(
         ("need", np.float32),  # log-odds at which the position holds
         ("norm", np.float32),  # h^T M h
         ("is_edit", np.bool_),
-        ("is_active", np.bool_),  # false once replaced
+        ("is_active", np.bool_),  # false once replaced, or from the start: see has_yielded
+        ("has_yielded", np.bool_),  # gave way to what was learned before it came
         ("is_repeat", np.bool_),  # see forms.Evidence
         ("is_convention", np.bool_),
         ("strength", np.float64),  # see forms.extend_strength

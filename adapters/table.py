@@ -42,8 +42,10 @@ class TableLimits:
 class TableReport:
     """What became of the pattern's own positions in the table. Says nothing of others.
 
-    An edit is kept while its token is likelier than all others together, a constraint while it
-    holds. `before` is the untruncated solution, on the same positions.
+    An edit is kept while its token is likelier than all others together, a constraint holds while
+    its token has what it needs. A constraint is lost only where its token is neither likelier than
+    all others together nor has half of the odds that it needs. `before` is the untruncated
+    solution, on the same positions.
     """
 
     form: Literal["merged", "by row", "truncated"]
@@ -60,8 +62,8 @@ class TableReport:
     num_holding_after: int
     min_probability_before: float  # over active edits; 1 without any
     min_probability_after: float
-    lost: tuple[str, ...]  # feedbacks of which an active edit is not kept in the table
-    replaced: tuple[str, ...]  # feedbacks of which an edit gave way to a later, contrary one
+    lost: tuple[str, ...]  # feedbacks of which an active position is not kept in the table
+    replaced: tuple[str, ...]  # feedbacks of which a position gave way to a later, contrary one
 
     @property
     def is_exact(self) -> bool:
@@ -207,7 +209,7 @@ def _report(
     columns, before = state.columns, state.log_odds
     active, edits, need = columns["is_active"], columns["is_edit"], columns["need"]
     is_edit, is_constraint = active & edits, active & ~edits
-    is_kept = after > 0
+    is_kept, at_least = after > 0, np.minimum(need - np.log(2.0), 0.0)
     return TableReport(
         form=form,
         rank=len(table.keys),
@@ -223,6 +225,6 @@ def _report(
         num_holding_after=int(np.count_nonzero(is_constraint & (after >= need))),
         min_probability_before=probability(before.min(initial=np.inf, where=is_edit)),
         min_probability_after=probability(after.min(initial=np.inf, where=is_edit)),
-        lost=state.feedbacks(is_edit & ~is_kept),
-        replaced=state.feedbacks(edits & ~active),
+        lost=state.feedbacks(active & ~np.where(edits, is_kept, after >= at_least)),
+        replaced=state.feedbacks(~active & ~columns["has_yielded"]),
     )

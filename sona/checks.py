@@ -21,6 +21,7 @@ from sona.requests import (
 
 MAX_STOPS = 16
 MAX_STOP_LEN = 256  # characters
+MAX_DIGITS = 18  # of a number in a name: what a database integer holds
 MAX_ID_LEN = 128  # characters of a request_id or feedback_id
 MAX_REMARK_BYTES = 16_384  # comment and metadata of one feedback
 
@@ -63,11 +64,12 @@ def parse_adapter(text: str) -> AdapterChoice:
     if text == "none":
         return "none"
     name, at, version = text.partition("@")
-    if not name or (at and not (version.isascii() and version.isdigit())):
+    is_number = version.isascii() and version.isdigit() and len(version) <= MAX_DIGITS
+    if not name or (at and not is_number):
         raise InvalidField(
             "adapter",
-            f'adapter is {text!r}; use a name, name@version with a whole number, "none" for the '
-            "base model, or nothing for what was learned for you",
+            f"adapter is {text[:80]!r}; use a name, name@version with a whole number, "
+            '"none" for the base model, or nothing for what was learned for you',
         )
     return AdapterPin(name, int(version) if at else None)
 

@@ -180,7 +180,7 @@ class FeedbackService:
             positions = captured_lesson(answer.token_ids, corrected, capture)
         if live is None or positions is None:
             return preview, None
-        return preview, (live.slot, as_batch("preview", positions))
+        return preview, (live.slot, as_batch("", positions))
 
     def _why_not(self, call: FeedbackCall, request: RequestRecord, *, is_in_pattern: bool) -> str:
         """Why a feedback would be stored and not learned; empty when it would be learned."""

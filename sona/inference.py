@@ -13,7 +13,7 @@ from engine.api import Final, Generator, HeadChoice, HeadRef, Job, Token, Update
 from engine.text import Tokenizer
 from sona.auth import Principal
 from sona.captures import CaptureRing
-from sona.checks import Limits, check_model, check_prompt_len
+from sona.checks import MAX_DIGITS, Limits, check_model, check_prompt_len
 from sona.errors import Overloaded, RequestExists, ShuttingDown
 from sona.journal import AdapterSpan, Choice, Journal, RequestRecord
 from sona.ports import ModelInfo
@@ -37,7 +37,6 @@ from sona.requests import (
 from sona.routing import Routing
 
 log = logging.getLogger(__name__)
-_MAX_DIGITS = 18  # of a pattern's number: what a database integer holds
 
 
 def engine_id(tenant: str, request_id: str) -> str:
@@ -208,7 +207,7 @@ class InferenceService:
 def own_slots(name: str, principal: Principal) -> tuple[SlotKey, ...]:
     """Where an adapter of this name may lie for a caller: its own slot, then the tenant's."""
     head, _, number = name.rpartition("-")
-    is_number = number.isascii() and number.isdigit() and len(number) <= _MAX_DIGITS
+    is_number = number.isascii() and number.isdigit() and len(number) <= MAX_DIGITS
     if head != "pattern" or not is_number:
         return ()
     where = {"tenant": principal.tenant, "pattern_id": int(number)}

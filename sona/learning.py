@@ -69,16 +69,17 @@ class LearningService:
     ) -> Rollback:
         """Serve an earlier version's content as a new version; its later feedback is undone."""
 
-        def on_learner() -> tuple[FeedbackRecord, ...]:
+        def on_learner() -> tuple[tuple[FeedbackRecord, ...], AdapterInfo]:
             teacher = self.loop.teacher
             if to_version is None:
-                return teacher.undo(slot, reason)
-            return teacher.roll_back(slot, to_version, reason)
+                undone = teacher.undo(slot, reason)
+            else:
+                undone = teacher.roll_back(slot, to_version, reason)
+            return undone, self._info(slot)  # here, where no lesson comes in between
 
-        undone = await asyncio.wrap_future(self.loop.run(on_learner))
-        info = await asyncio.to_thread(self._info, slot)
+        undone, info = await asyncio.wrap_future(self.loop.run(on_learner))
         event = Event(
-            time=time.time(), kind=EventKind.ADAPTER_ROLLED_BACK, principal=principal.name,
+            time=time.time(), kind=EventKind.ADAPTER_ROLLED_BACK, principal=slot.owner,
             adapter=slot.adapter_name, version=info.version, scope=slot.scope, reason=reason,
         )  # fmt: skip
         self.events_bus.emit(slot.tenant, event)

@@ -165,7 +165,7 @@ class Event:
 
     time: float  # unix seconds
     kind: EventKind
-    principal: str = ""  # whose doing it is
+    principal: str = ""  # whom it concerns; empty: everybody
     feedback_id: str = ""
     adapter: str = ""
     version: int = 0

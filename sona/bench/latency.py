@@ -176,7 +176,7 @@ async def _one_delay(client: AsyncClient, item: Item, target: str, samples: _Sam
     samples.edited.append(await _until(client, item, before + 1) - acknowledged)
     feedback = await client.get_feedback(sent.feedback_id)
     for _ in range(_MAX_TRIES):
-        if feedback.state != sent.state:
+        if feedback.state != sent.state or feedback.reason:
             break
         feedback = await client.get_feedback(sent.feedback_id)
     whole = feedback.adapter_version.version

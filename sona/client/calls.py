@@ -127,7 +127,7 @@ def adapter_fields(name: str, scope: str, owner: str) -> dict[str, Any]:
 def rollback_request(
     name: str, *, to_version: int | None, scope: str, owner: str, reason: str
 ) -> learning_pb2.RollbackAdapterRequest:
-    """A RollbackAdapterRequest; to_version None means the live version's parent."""
+    """A RollbackAdapterRequest; to_version None takes back the last feedback."""
     request = learning_pb2.RollbackAdapterRequest(
         reason=reason, **adapter_fields(name, scope, owner)
     )

@@ -79,6 +79,7 @@ class InstantLoop:
         self._num_scoring = 0
         self._is_open = threading.Event()
         self._is_open.set()
+        self._ending = threading.Event()
         self._is_stopped = False
         self._thread = threading.Thread(target=self._run, name="learner", daemon=True)
         self._pause_reason = ""
@@ -135,7 +136,8 @@ class InstantLoop:
 
     def stop(self) -> None:
         """End after the lesson under way. What waits stays ACCEPTED and is taken up next time."""
-        self._inbox.put(None)
+        self._ending.set()
+        self._inbox.put(None)  # wakes the thread
         self._thread.join()
 
     def _run(self) -> None:
@@ -162,16 +164,19 @@ class InstantLoop:
 
     def _next(self) -> FeedbackRecord | _Scored | _Call | SlotKey | None:
         """What arrived first; with nothing waiting, a pattern that owes sweeps."""
-        while True:
+        while not self._ending.is_set():
             if self._is_open.is_set():
                 if self._waiting:
                     return self._waiting.popleft()
                 if self._inbox.empty() and (slot := self.teacher.next_owing()) is not None:
                     return slot
             item = self._inbox.get()
-            if item is None or isinstance(item, _Call) or self._is_open.is_set():
+            if item is None or isinstance(item, _Call):
                 return item
-            self._waiting.append(item)
+            if self._is_open.is_set() and not self._waiting:
+                return item
+            self._waiting.append(item)  # behind those that came before it
+        return None
 
     def _guarded(self, lesson: Callable[[], None], record: FeedbackRecord | None) -> None:
         """A failed step never touches serving; what it leads to is in the module's table."""
@@ -189,9 +194,21 @@ class InstantLoop:
             if record is None:
                 log.warning("a pattern could not be settled: %s", error)
             else:
-                self._guarded(lambda: self.teacher.reject(record, reason), record)
+                self._reject(record, reason)
         except Exception:
             log.exception("a learning step failed; what was served before stays")
+            self.teacher.failed(record, "internal error")
+
+    def _reject(self, record: FeedbackRecord, reason: str) -> None:
+        """Give a feedback up. What fails here is not given up a second time."""
+        try:
+            self.teacher.reject(record, reason)
+        except _ENDING:
+            return
+        except _PASSING as error:
+            self._later(record, error)
+        except Exception:
+            log.exception("feedback %s could not be given up", record.feedback_id)
             self.teacher.failed(record, "internal error")
 
     def _later(self, record: FeedbackRecord | None, error: Exception) -> None:

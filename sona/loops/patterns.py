@@ -101,14 +101,20 @@ class Patterns:
         seqs = self._seqs(slot) | {record.seq}
         return Lesson(slot, state, self._gate(slot, record), report, seqs, partial)
 
-    def resumed(self, slot: SlotKey, record: FeedbackRecord) -> Lesson | None:
-        """The pattern as it is when it already holds this feedback; None when it does not."""
+    def resumed(self, slot: SlotKey, record: FeedbackRecord, *, is_whole: bool) -> Lesson | None:
+        """The pattern as it is when it already holds this feedback; None when it does not.
+
+        `is_whole`: the journal has all positions of it. A state that has its beginning only is
+        folded again then: the rest was stored, and learning it failed.
+        """
         live = self._routing.live(slot)
         if live is None or record.seq not in self._seqs(slot):
             return None
         held = self._state(slot)
         if record.feedback_id not in held.state.feedback_ids:
             return None
+        if is_whole and record.feedback_id in held.partial:
+            held = self._folded(slot, self._seqs(slot))
         return self._settled(slot, held, live.gate)
 
     def settled(self, slot: SlotKey) -> Lesson | None:

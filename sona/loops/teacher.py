@@ -10,7 +10,7 @@ import contextlib
 import time
 from dataclasses import dataclass, replace
 
-from adapters.errors import AdapterNotFound, CandidateRejected
+from adapters.errors import AdapterError, AdapterNotFound, CandidateRejected, StoreUnwritable
 from adapters.store import SlotKey, Version, VersionInfo
 from engine.api import ScoreResult
 from sona.errors import FeedbackNotFound
@@ -87,7 +87,7 @@ class Teacher:
         if positions is None:
             return targets
         ends = is_whole(len(targets), len(positions))
-        held = self.patterns.resumed(slot, record)  # an earlier run got this far
+        held = self.patterns.resumed(slot, record, is_whole=ends)  # an earlier run got this far
         if held is None:
             self._teach(slot, record, positions, is_whole=ends)
         elif ends:
@@ -178,8 +178,12 @@ class Teacher:
         slot = self.patterns.slot_of(record)
         newest = None if slot is None else self.patterns.newest(slot)
         if slot is not None and newest is not None and record.seq in newest.feedback_seqs:
-            with contextlib.suppress(CandidateRejected):  # the others cannot be folded: they stay
+            try:
                 self._without(slot, record.seq, reason)
+            except StoreUnwritable:
+                raise
+            except AdapterError as error:  # the others cannot be folded, or not be read
+                reason = f"{reason}; what was learned of it still serves: {error}"
         self.give_up(record, FeedbackState.REJECTED, reason)
         self._emit(record, EventKind.FEEDBACK_REJECTED, reason=reason)
 
@@ -219,12 +223,6 @@ class Teacher:
         if not lesson.state.is_settled:
             self._owing[lesson.slot] = None
         self._agree(version.info, before, record, lesson.report.conflicts_with)
-        if record is not None:
-            now = self._standing(record, version.info)
-            if now.state is FeedbackState.LEARNED:
-                self._emit(record, EventKind.FEEDBACK_LEARNED, version)
-            elif now.reason:
-                self._emit(record, EventKind.LEARNING_FAILED, version, now.reason)
         return handed_s
 
     def _agree(
@@ -250,9 +248,17 @@ class Teacher:
                     pattern_id=info.slot.pattern_id,
                     conflicts_with=(conflicts or None) if is_own else None,
                 )
-                commits.append(self._journal.set_state([record.seq], change))
-        for commit in commits:
+                commits.append((record, now, self._journal.set_state([record.seq], change)))
+        for record, now, commit in commits:
             commit.result()
+            self._tell(record, info, now)
+
+    def _tell(self, record: FeedbackRecord, info: VersionInfo, now: StateChange) -> None:
+        """The event of a feedback's new state; one rolled back has its adapter's."""
+        if now.state is FeedbackState.LEARNED:
+            self._emit(record, EventKind.FEEDBACK_LEARNED, info)
+        elif now.state is FeedbackState.ACCEPTED and now.reason:
+            self._emit(record, EventKind.LEARNING_FAILED, info, now.reason)
 
     def _touched(
         self, info: VersionInfo, before: VersionInfo | None, own: FeedbackRecord | None
@@ -298,15 +304,15 @@ class Teacher:
         self,
         record: FeedbackRecord,
         kind: EventKind,
-        version: Version | None = None,
+        info: VersionInfo | None = None,
         reason: str = "",
     ) -> None:
         event = Event(
             time=time.time(), kind=kind, principal=record.principal,
             feedback_id=record.feedback_id,
-            adapter="" if version is None else version.slot.adapter_name,
-            version=0 if version is None else version.number,
-            scope=None if version is None else version.slot.scope,
+            adapter="" if info is None else info.slot.adapter_name,
+            version=0 if info is None else info.number,
+            scope=None if info is None else info.slot.scope,
             reason=reason,
         )  # fmt: skip
         self._events.emit_threadsafe(record.tenant, event)

@@ -5,6 +5,7 @@ from contextlib import aclosing
 
 from adapters.store.records import Scope
 from sona.auth import Principal, current_principal
+from sona.checks import MAX_DIGITS
 from sona.errors import InvalidField
 from sona.ports import AdapterInfo, Learning
 from sona.rpc import convert, convert_learning
@@ -194,6 +195,7 @@ def _parse_page_token(token: str) -> _Order | None:
         return None
     pattern_id, _, place = token.partition("/")
     scope, slash, owner = place.partition("/")
-    if not (pattern_id.isascii() and pattern_id.isdigit() and slash):
+    is_number = pattern_id.isascii() and pattern_id.isdigit() and len(pattern_id) <= MAX_DIGITS
+    if not (is_number and slash):
         raise InvalidField("page_token", "page_token did not come from ListAdapters; leave it out")
     return (int(pattern_id), scope, owner)

@@ -1,10 +1,12 @@
 """The learner thread with real journal, store, gates and solver over a made-up model."""
 
 import asyncio
+import threading
 
 import pytest
 from support.school import School, school
 
+from adapters.errors import SnapshotCorrupt, StoreUnwritable
 from adapters.table import TableLimits
 from engine.errors import InvalidJob
 from sona.errors import DiskFull, ShuttingDown
@@ -111,7 +113,8 @@ async def test_a_bug_ends_one_lesson_and_not_the_learner(tmp_path):
 
 async def test_a_long_answer_says_how_much_of_it_is_learned(tmp_path):
     num = MAX_POSITIONS + 20
-    async with school(tmp_path) as here:
+    roomy = TableLimits(max_tokens=2 * MAX_POSITIONS)
+    async with school(tmp_path, limits=roomy) as here:
         await here.teach(5)
         name = await here.teach(*[1] * num, signal=Verdict(is_pass=True))
         record = here.journal.feedback("acme", name)
@@ -120,6 +123,29 @@ async def test_a_long_answer_says_how_much_of_it_is_learned(tmp_path):
         positions = here.journal.positions(record.seq)
         assert positions is not None
         assert len(positions) == MAX_POSITIONS
+
+
+async def test_a_confirmation_that_the_table_cannot_hold_is_not_called_learned(tmp_path):
+    async with school(tmp_path) as here:  # 64 base tokens in a table, here a new one each time
+        await here.teach(5)
+        name = await here.teach(*[1] * 200, signal=Verdict(is_pass=True))
+        record = here.journal.feedback("acme", name)
+        assert record.state is FeedbackState.ACCEPTED
+        assert "cannot hold some of its tokens" in record.reason
+
+
+async def test_a_confirmation_that_is_contradicted_is_not_called_learned(tmp_path):
+    async with school(tmp_path) as here:
+        await here.teach(5)
+        here.engine.constant = True  # one state for all answers
+        confirmed = await here.teach(1, signal=Verdict(is_pass=True))
+        assert here.state_of(confirmed) == "LEARNED"
+        corrected = await here.teach(7)
+        assert here.state_of(corrected) == "LEARNED"
+        record = here.journal.feedback("acme", confirmed)
+        assert record.state is FeedbackState.ACCEPTED
+        assert "a later feedback contradicts it" in record.reason
+        assert here.journal.feedback("acme", corrected).conflicts_with == (confirmed,)
 
 
 async def test_what_does_not_hold_is_not_called_learned(tmp_path):
@@ -252,3 +278,88 @@ async def test_paused_it_learns_nothing_and_catches_up(tmp_path):
             here.loop.resume()
             learned = {(await asyncio.wait_for(anext(events), 30)).feedback_id for _ in range(3)}
         assert learned == {"f1", "f2", "f3"}
+
+
+async def test_a_store_that_fails_in_the_second_lesson_is_made_up_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(instant, "_RETRY_S", 0.01)
+    async with school(tmp_path) as here:
+        record = here.correct(5, 6, 7)
+        here.begin(record, 5)
+        put, errors = here.store.put, [StoreUnwritable("no room"), None]  # taken from the end
+
+        def put_now_and_then(slot, draft):
+            error = errors.pop() if errors else None
+            if error is not None:
+                raise error
+            return put(slot, draft)
+
+        monkeypatch.setattr(here.store, "put", put_now_and_then)
+        async with here.settled() as events:
+            here.loop.notify(record)
+            kinds = [(await anext(events)).kind.name for _ in range(2)]
+        assert kinds == ["LEARNING_FAILED", "FEEDBACK_LEARNED"]
+        newest = here.store.history(here.slot())[-1]
+        assert newest.report["num_edits"] == 3
+        assert not newest.report["partial"]
+
+
+async def test_giving_up_that_fails_neither_repeats_nor_ends_the_learner(tmp_path, monkeypatch):
+    async with school(tmp_path) as here:
+        await here.teach(5)
+        record = here.correct(6, 7)
+        here.begin(record, 6)
+        here.engine.failures = [InvalidJob("9000 tokens; the context holds 2048")]
+        asked = []
+
+        def damaged(*args):
+            asked.append(args)
+            raise SnapshotCorrupt("version 1 does not match its checksum")
+
+        monkeypatch.setattr(here.patterns, "rolled_back", damaged)
+        async with here.settled() as events:
+            here.loop.notify(record)
+            while (await anext(events)).kind.name != "FEEDBACK_REJECTED":
+                pass
+        assert len(asked) == 1
+        kept = here.journal.feedback("acme", record.feedback_id)
+        assert kept.state is FeedbackState.REJECTED
+        assert "still serves: version 1 does not match" in kept.reason
+        assert here.loop.is_running
+        assert here.state_of(await here.teach(8)) == "LEARNED"
+
+
+async def test_stopping_leaves_what_waits_to_the_next_start(tmp_path):
+    async with school(tmp_path, starts=False) as here:
+        for token in range(5, 25):
+            here.begin(here.correct(token), token)
+        reached, go_on = threading.Event(), threading.Event()
+        first_lesson = here.loop.teacher.first_lesson
+
+        def slow(record):
+            reached.set()
+            go_on.wait(10)
+            return first_lesson(record)
+
+        here.loop.teacher.first_lesson = slow
+        here.loop.start(learns=True)
+        await asyncio.to_thread(reached.wait, 10)
+        stopping = asyncio.ensure_future(asyncio.to_thread(here.loop.stop))
+        await asyncio.to_thread(here.loop._ending.wait, 10)
+        go_on.set()
+        await stopping
+        states = [here.state_of(f"f{number}") for number in range(1, 21)]
+        assert states == ["LEARNED", *["ACCEPTED"] * 19]
+
+
+async def test_what_waited_in_a_pause_comes_before_what_comes_after(tmp_path):
+    async with school(tmp_path) as here:
+        earlier, later = here.correct(5), here.correct(6)
+        here.loop.pause("maintenance")
+        here.loop.notify(earlier)
+        await here.on_learner(lambda: None)  # the thread has put it aside, and waits
+        async with here.settled() as events:
+            here.loop._is_open.set()  # the moment between the two lines of `resume`
+            here.loop.notify(later)
+            here.loop.resume()
+            names = [(await anext(events)).feedback_id for _ in range(2)]
+        assert names == [earlier.feedback_id, later.feedback_id]

@@ -127,7 +127,8 @@ class School:
         record = self.correct(*tokens, **kwargs)
         async with self.settled() as events:
             self.loop.notify(record)
-            await anext(events)
+            while (await anext(events)).feedback_id != record.feedback_id:
+                pass  # of another feedback, whose standing this one changed
         return record.feedback_id
 
     @contextlib.asynccontextmanager
