@@ -328,6 +328,22 @@ async def test_giving_up_that_fails_neither_repeats_nor_ends_the_learner(tmp_pat
         assert here.state_of(await here.teach(8)) == "LEARNED"
 
 
+async def test_a_rejection_that_raises_is_not_rejected_again(tmp_path, monkeypatch):
+    async with school(tmp_path) as here:
+        here.engine.failures = [InvalidJob("9000 tokens; the context holds 2048")]
+        asked = []
+
+        def damaged(record, reason):
+            asked.append(reason)
+            raise SnapshotCorrupt("version 1 does not match its checksum")
+
+        monkeypatch.setattr(here.loop.teacher, "reject", damaged)
+        await here.teach(5)
+        await here.on_learner(lambda: None)
+        assert len(asked) == 1
+        assert here.loop.is_running
+
+
 async def test_stopping_leaves_what_waits_to_the_next_start(tmp_path):
     async with school(tmp_path, starts=False) as here:
         for token in range(5, 25):
@@ -351,12 +367,20 @@ async def test_stopping_leaves_what_waits_to_the_next_start(tmp_path):
         assert states == ["LEARNED", *["ACCEPTED"] * 19]
 
 
-async def test_what_waited_in_a_pause_comes_before_what_comes_after(tmp_path):
+async def test_what_waited_in_a_pause_comes_before_what_comes_after(tmp_path, monkeypatch):
     async with school(tmp_path) as here:
         earlier, later = here.correct(5), here.correct(6)
         here.loop.pause("maintenance")
         here.loop.notify(earlier)
-        await here.on_learner(lambda: None)  # the thread has put it aside, and waits
+        at_inbox, get = threading.Event(), here.loop._inbox.get
+
+        def get_and_tell(**how):
+            at_inbox.set()
+            return get(**how)
+
+        monkeypatch.setattr(here.loop._inbox, "get", get_and_tell)
+        await here.on_learner(at_inbox.clear)  # the thread has put the feedback aside
+        await asyncio.to_thread(at_inbox.wait, 10)  # and has seen that it is paused
         async with here.settled() as events:
             here.loop._is_open.set()  # the moment between the two lines of `resume`
             here.loop.notify(later)

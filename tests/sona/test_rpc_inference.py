@@ -100,6 +100,7 @@ async def test_what_is_set_arrives(served):
         ({"token_ids": pb.TokenIds(ids=[26])}, "token_ids", "has 26; the vocabulary has the"),
         ({"text": "a" * 64}, "input", "has 64 tokens; the context holds 64"),
         ({"text": "a", "adapter": "x@y"}, "adapter", "name@version"),
+        ({"text": "a", "adapter": "x@" + "9" * 5_000}, "adapter", "name@version"),
         ({"text": "a", "request_id": "r" * 129}, "request_id", "129 characters"),
         ({"text": "a", "request_id": "a\nb"}, "request_id", "cannot be printed"),
     ],
