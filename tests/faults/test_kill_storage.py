@@ -240,8 +240,9 @@ def check_retries(journal, run, names):
     for thread in range(NUM_THREADS):
         sent = [name for name in names if name.startswith(f"{run}-{thread}-")]
         for name in [*sent[-1:], f"{run}-{thread}-{len(sent)}"]:
-            journal.record_request(request_of(name)).exception(10)  # may be there already
+            recorded = journal.record_request(request_of(name))
             outcome = journal.add_feedback(feedback_of(name), positions_of(name)).result(10)
+            recorded.exception(10)  # it may have been there already
             assert outcome.is_duplicate or name not in sent
             again = journal.add_feedback(feedback_of(name)).result(10)
             assert again.is_duplicate and again.record.seq == outcome.record.seq
