@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from adapters.base_rows import log_odds
 from adapters.solve import AIM_MARGIN, FLOOR, NEWTON_STEPS, Problem, Solution
 
-MAX_FIRST = 4  # edits; beyond, the compiled program is faster
+MAX_FIRST = 4  # edits; beyond, the compiled program takes no longer
 
 
 def first_steps(
