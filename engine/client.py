@@ -59,7 +59,7 @@ class EngineClient:
         ended = False
         try:
             while not ended:
-                update = await stream.get()
+                update = await _next(stream)
                 if isinstance(update, Exception):
                     ended = True
                     raise update
@@ -191,6 +191,18 @@ class EngineClient:
                 f"token id {low if low < 0 else high} is outside the vocabulary "
                 f"[0, {self._vocab_size})"
             )
+
+
+async def _next(stream: asyncio.Queue[Result]) -> Result:
+    """The next result; updates that wait behind it join it, so that a slow caller catches up."""
+    result = await stream.get()
+    while isinstance(result, Update) and not stream.empty():
+        later = stream.get_nowait()
+        if not isinstance(later, Update):
+            stream.put_nowait(later)  # the end: nothing comes behind it
+            break
+        result = result.then(later)
+    return result
 
 
 def build_runner(model: LoadedModel, plan: EnginePlan, progress: Progress) -> Runner:

@@ -30,6 +30,7 @@ class EngineConfig:
     max_learned_slots: int = 256  # head-edit versions resident on the device
     head_rank: int = 32  # ranks of a head slot
     head_rows: int = 2048  # vocabulary rows of a head slot
+    threads: int = 0  # of XLA on a CPU; 0: one for a small model, else one per core
     learning_fraction: float = 0.15  # of engine time for learning passes while users wait
 
     def __post_init__(self) -> None:
@@ -46,6 +47,7 @@ class EngineConfig:
             ("max_learned_slots", 2),
             ("head_rank", 1),
             ("head_rows", 64),
+            ("threads", 0),
         ):
             value = getattr(self, name)
             if value < low:
@@ -107,8 +109,8 @@ def plan_engine(config: EngineConfig, model: "ModelConfig", *, platform: str) ->
         num_pages=_num_pages(config, pages_per_seq, page_bytes),
         pages_per_seq=pages_per_seq,
         page_bytes=page_bytes,
-        decode_buckets=_buckets(1, config.max_num_seqs, only_last=deterministic),
-        prefill_buckets=_buckets(16, chunk, only_last=deterministic),
+        decode_buckets=_buckets(1, config.max_num_seqs, 2, only_last=deterministic),
+        prefill_buckets=_buckets(16, chunk, 4, only_last=deterministic),
         score_chunk=16,
         is_deterministic=deterministic,
         num_head_slots=config.max_learned_slots,
@@ -119,12 +121,12 @@ def plan_engine(config: EngineConfig, model: "ModelConfig", *, platform: str) ->
     )
 
 
-def _buckets(low: int, high: int, *, only_last: bool) -> tuple[int, ...]:
-    """Sizes by a factor of four up to `high`: few programs to compile, at most 4x padding."""
+def _buckets(low: int, high: int, factor: int, *, only_last: bool) -> tuple[int, ...]:
+    """Sizes by a factor up to `high`: the fewer programs to compile, the more padding."""
     sizes = []
     while low < high and not only_last:
         sizes.append(low)
-        low *= 4
+        low *= factor
     return (*sizes, high)
 
 

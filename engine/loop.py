@@ -247,7 +247,7 @@ class EngineLoop:
         first = max(0, num_prompt - 1 - chunk.start)
         if first < chunk.length:
             captured = self._runner.capture(hidden[first:])
-            sequence.captured.append(captured.rows(0, chunk.length - first))
+            sequence.captured += [(captured, row) for row in range(chunk.length - first)]
         if chunk.is_last:
             capture = sequence.stacked_capture()
             assert capture is not None and sequence.vector_sum is not None

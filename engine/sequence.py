@@ -55,7 +55,7 @@ class Sequence:
     parked_hidden: np.ndarray | None = None  # [D], waits for a free head slot to be sampled
     vector_sum: np.ndarray | None = None  # [D] float64, over the prompt computed so far
     prompt_vector: np.ndarray | None = None
-    captured: "list[Captured]" = field(default_factory=list)  # parts in order, of any length
+    captured: "list[tuple[Captured, int]]" = field(default_factory=list)  # steps, and rows of them
     created_s: float = field(default_factory=time.monotonic)
     admitted_s: float = 0.0
     first_token_s: float = 0.0
@@ -108,9 +108,12 @@ class Sequence:
         """All captured positions in order, or None when nothing was captured."""
         if not self.captured:
             return None
-        columns = (np.concatenate(column) for column in zip(*self.captured, strict=True))
-        hidden, top_ids, top_logprobs, rest = columns
-        return Capture(hidden=hidden, top_ids=top_ids, top_logprobs=top_logprobs, rest_logprob=rest)
+        return Capture(
+            hidden=np.array([step.hidden[row] for step, row in self.captured]),
+            top_ids=np.array([step.top_ids[row] for step, row in self.captured]),
+            top_logprobs=np.array([step.top_logprobs[row] for step, row in self.captured]),
+            rest_logprob=np.array([step.rest_logprob[row] for step, row in self.captured]),
+        )
 
 
 class Answer:
@@ -135,7 +138,7 @@ class Answer:
             sequence.first_token_s = time.monotonic()
         sequence.tokens.append(token_id)
         if job.capture:
-            sequence.captured.append(sampled.captured.rows(row, row + 1))
+            sequence.captured.append((sampled.captured, row))
         self._news.append(_token(sampled, row, job.sampling.logprobs))
         if token_id in self._stop_ids:
             self._stop_match = token_id

@@ -38,10 +38,6 @@ class Captured(NamedTuple):
     top_logprobs: Float[Array, "B Q"]
     rest_logprob: Float[Array, " B"]
 
-    def rows(self, start: int, end: int) -> "Captured":
-        """A copy of some: a view would keep a whole step's buffers, to be freed all at once."""
-        return Captured(*(column[start:end].copy() for column in self))
-
 
 class Sampled(NamedTuple):
     """What a step hands back per row. Log-probabilities are of the adapted distribution."""

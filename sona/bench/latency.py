@@ -2,8 +2,8 @@
 
 idle      acknowledgement → first token of a new request that names the new version
 loaded    the same beside an open-loop load of half the measured capacity
-beside    inter-token time at that load with a multi-token correction a second, against the same
-          without learning: the same requests, none kept, and scores instead of corrections
+beside    inter-token time at that load with a multi-token correction a second, from a new student
+          every eight, against the same without learning: none kept, scores for corrections
 
 The phases of `beside` alternate in one server and under one load that never stops: two processes
 that do the same differ by more than what is measured (up to 1.4 here, with either of them the
@@ -28,11 +28,12 @@ from sona.bench.tasks import Convention, Item
 from sona.client import AsyncClient
 
 _STUDENTS = 8
-_PER_STUDENT = 8  # corrections; 64 in all for each setting
+_PER_STUDENT = 8  # corrections
 _CAPACITY_S = 5.0
 _PHASE_S = 1.5  # short: the machine around us changes from one second to the next
 _SETTLE_S = 0.5  # before each phase: requests of the one before it end
-_PHASES = 80  # of each kind, alternating
+_PHASES = 160  # of each kind, alternating
+_TAUGHT = 3 * _PHASES // _PER_STUDENT  # students; a phase has time for two corrections
 _IDLE_MS = 50.0
 _RATIO = 1.05
 _MAX_TRIES = 500
@@ -63,15 +64,16 @@ def run(*, output: Path | None = None) -> int:
 
 
 async def _run(console: Console, output: Path | None) -> int:
-    students = [f"s{i}" for i in range(2 * _STUDENTS)] + ["load", "taught"]
-    async with child_server(students) as learning:
+    students = [f"s{i}" for i in range(2 * _STUDENTS)]
+    taught = [f"t{i}" for i in range(_TAUGHT)]
+    async with child_server(["load", *students, *taught]) as learning:
         rate = await _capacity(learning)
         console.print(f"capacity {rate:.1f} requests of {_LOAD_TOKENS} tokens a second")
         idle = await _delays(learning, students[:_STUDENTS])
         async with learning.client("load") as client, _load(client, rate / 2) as seen:
             loaded = await _delays(learning, students[_STUDENTS : 2 * _STUDENTS])
             loaded.first_token = seen.first_token
-        ratios = await _beside(learning, rate / 2)
+        ratios = await _beside(learning, rate / 2, taught)
     results.write(output, "sona bench latency", _figures(rate, idle, loaded, ratios))
     return _show(console, idle, loaded, ratios)
 
@@ -97,20 +99,18 @@ def _figures(
 
 
 async def _capacity(child: Child) -> float:
-    """Requests a second with sixteen always under way."""
-    done = 0
+    """Requests a second with sixteen always under way, streamed as those of the load."""
+    seen = _Stream()
 
     async def ask_on(client: AsyncClient, until: float) -> None:
-        nonlocal done
         while time.monotonic() < until:
-            await client.generate(_LOAD_PROMPT, **_LOAD)
-            done += 1
+            await _watched(client, seen)
 
     async with child.client("load") as client:
         await client.generate(_LOAD_PROMPT, **_LOAD)
         until = time.monotonic() + _CAPACITY_S
         await asyncio.gather(*(ask_on(client, until) for _ in range(16)))
-    return done / _CAPACITY_S
+    return len(seen.first_token) / _CAPACITY_S
 
 
 _LOAD_PROMPT = [{"role": "user", "content": "Repeat: ledger vault atlas bridge"}]
@@ -203,18 +203,16 @@ async def _version(client: AsyncClient, item: Item) -> int:
     return max((v.version for v in reply.adapter_versions), default=0)
 
 
-async def _beside(child: Child, rate: float) -> list[float]:
+async def _beside(child: Child, rate: float, students: list[str]) -> list[float]:
     """Inter-token p50 with learning over p50 without, pair of phases by pair."""
     ratios = []
-    convention = Convention("F1", "date-slash", 0)
-    lessons = convention.teach_items(np.random.default_rng(9), 8 * _PHASES)
+    lessons = [lesson for student in students for lesson in _lessons(student)]
     async with child.client("load") as client, _load(client, rate, is_even=True) as seen:
         for pair in range(_PHASES):
             medians = {}
             for is_learning in (pair % 2 == 0, pair % 2 == 1):
                 seen.learn = is_learning
-                teaching = _teach(child, convention, lessons, corrects=is_learning)
-                teacher = asyncio.create_task(teaching)
+                teacher = asyncio.create_task(_teach(child, lessons, corrects=is_learning))
                 await asyncio.sleep(_SETTLE_S)
                 seen.between = []
                 await asyncio.sleep(_PHASE_S)
@@ -226,21 +224,26 @@ async def _beside(child: Child, rate: float) -> list[float]:
     return ratios
 
 
-async def _teach(
-    child: Child, convention: Convention, lessons: list[Item], *, corrects: bool
-) -> None:
+def _lessons(student: str) -> list[tuple[str, Item, str]]:
+    """What one student has to say: (student, question, right answer)."""
+    convention = Convention("F1", "date-slash", 0)
+    items = convention.teach_items(np.random.default_rng(9), _PER_STUDENT)
+    return [(student, item, convention.apply(item) or "") for item in items]
+
+
+async def _teach(child: Child, lessons: list[tuple[str, Item, str]], *, corrects: bool) -> None:
     """A multi-token correction a second, or a score that is stored and not learned."""
-    async with child.client("taught") as client:
-        while lessons:
-            item = lessons.pop()
+    while lessons:
+        student, item, target = lessons.pop(0) if corrects else lessons[0]
+        async with child.client(student) as client:
             reply = await client.generate(
                 item.messages, temperature=0.0, adapter="none", max_tokens=32
             )
             if corrects:
-                await client.feedback(reply.request_id, correction=convention.apply(item) or "")
+                await client.feedback(reply.request_id, correction=target)
             else:
                 await client.feedback(reply.request_id, score=0.5)
-            await asyncio.sleep(1.0)
+        await asyncio.sleep(1.0)
 
 
 def _show(console: Console, idle: _Samples, loaded: _Samples, ratios: list[float]) -> int:

@@ -108,6 +108,33 @@ async def test_abort_ends_as_cancelled(checkpoint):
         assert not engine.abort("a")
 
 
+async def test_a_slow_reader_gets_what_waited_as_one_update(checkpoint):
+    async with running_engine(checkpoint[0]) as engine:
+        alone = await final(engine, greedy("alone", prompt(2, 10), 30))
+        stream = engine.generate(greedy("slow", prompt(2, 10), 30))
+        first = await anext(stream)
+        await final(engine, greedy("long", prompt(5, 10), 60))  # the other one ends meanwhile
+        (rest,) = [update async for update in stream]
+    assert rest.final is not None
+    assert len(first.tokens) < 30
+    assert [t.token_id for t in first.tokens + rest.tokens] == list(alone.token_ids)
+    assert first.text + rest.text == alone.text
+
+
+async def test_what_waits_before_the_engine_ends_is_still_read(checkpoint):
+    async with running_engine(checkpoint[0]) as engine:
+        stream = engine.generate(greedy("cut", prompt(2, 10), 400))
+        await anext(stream)
+        await final(engine, greedy("other", prompt(5, 10), 20))
+        engine.close()
+        await engine.ended.wait()
+        read = await anext(stream)
+        assert read.final is None
+        assert len(read.tokens) > 10
+        with pytest.raises(EngineStopped):
+            await anext(stream)
+
+
 async def test_stops_and_lengths(checkpoint):
     async with running_engine(checkpoint[0]) as engine:
         free = await final(engine, greedy("free", prompt(3, 20), 12))

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from engine.errors import ShapeError
 
 _FLOOR = -1e30  # finite stand-in for -inf: keeps rows that see nothing free of NaN
-BLOCK_TOKENS = 128  # keys per turn of the loop
+BLOCK_TOKENS = 64  # keys per turn of the loop
 
 
 def append(
