@@ -179,10 +179,6 @@ class Update:
     text: str
     final: Final | None
 
-    def then(self, later: "Update") -> "Update":
-        """Both as one."""
-        return Update(self.tokens + later.tokens, self.text + later.text, later.final)
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ScoreResult:

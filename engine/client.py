@@ -4,6 +4,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncGenerator
 from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 
@@ -196,13 +197,18 @@ class EngineClient:
 async def _next(stream: asyncio.Queue[Result]) -> Result:
     """The next result; updates that wait behind it join it, so that a slow caller catches up."""
     result = await stream.get()
-    while isinstance(result, Update) and not stream.empty():
+    if not isinstance(result, Update) or stream.empty():
+        return result
+    updates = [result]
+    while not stream.empty():
         later = stream.get_nowait()
         if not isinstance(later, Update):
             stream.put_nowait(later)  # the end: nothing comes behind it
             break
-        result = result.then(later)
-    return result
+        updates.append(later)
+    tokens = chain.from_iterable(update.tokens for update in updates)
+    text = "".join(update.text for update in updates)
+    return Update(tuple(tokens), text, updates[-1].final)
 
 
 def build_runner(model: LoadedModel, plan: EnginePlan, progress: Progress) -> Runner:

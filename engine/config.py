@@ -30,7 +30,6 @@ class EngineConfig:
     max_learned_slots: int = 256  # head-edit versions resident on the device
     head_rank: int = 32  # ranks of a head slot
     head_rows: int = 2048  # vocabulary rows of a head slot
-    threads: int = 0  # of XLA on a CPU; 0: one for a small model, else one per core
     learning_fraction: float = 0.15  # of engine time for learning passes while users wait
 
     def __post_init__(self) -> None:
@@ -47,7 +46,6 @@ class EngineConfig:
             ("max_learned_slots", 2),
             ("head_rank", 1),
             ("head_rows", 64),
-            ("threads", 0),
         ):
             value = getattr(self, name)
             if value < low:
@@ -122,7 +120,7 @@ def plan_engine(config: EngineConfig, model: "ModelConfig", *, platform: str) ->
 
 
 def _buckets(low: int, high: int, factor: int, *, only_last: bool) -> tuple[int, ...]:
-    """Sizes by a factor up to `high`: the fewer programs to compile, the more padding."""
+    """Sizes up to `high`; a larger factor means fewer programs to compile and more padding."""
     sizes = []
     while low < high and not only_last:
         sizes.append(low)

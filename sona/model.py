@@ -17,7 +17,6 @@ from engine.head_rows import HeadRows
 from engine.model import LoadedModel, load_checkpoint, load_config
 from engine.runner import Runner
 from engine.text import Tokenizer
-from engine.threads import use_xla_threads
 from sona.ports import ModelInfo
 
 Progress = Callable[[str, int, int], None]
@@ -54,7 +53,6 @@ def warm_up(
             f"model {model!r} is not a directory; give one with config.json, tokenizer.json and "
             "safetensors weights"
         )
-    use_xla_threads(config.threads, directory)
     use_compile_cache()
     platform = jax.default_backend()
     plan = plan_engine(config, load_config(directory), platform=platform)

@@ -30,10 +30,10 @@ from sona.client import AsyncClient
 _STUDENTS = 8
 _PER_STUDENT = 8  # corrections
 _CAPACITY_S = 5.0
-_PHASE_S = 1.5  # short: the machine around us changes from one second to the next
+_PHASE_S = 2.0  # short: the machine around us changes from one second to the next
 _SETTLE_S = 0.5  # before each phase: requests of the one before it end
-_PHASES = 160  # of each kind, alternating
-_TAUGHT = 3 * _PHASES // _PER_STUDENT  # students; a phase has time for two corrections
+_PHASES = 100  # of each kind, alternating
+_TAUGHT = 3 * _PHASES // _PER_STUDENT  # students; a phase has three corrections, two of them timed
 _IDLE_MS = 50.0
 _RATIO = 1.05
 _MAX_TRIES = 500
@@ -233,6 +233,7 @@ def _lessons(student: str) -> list[tuple[str, Item, str]]:
 
 async def _teach(child: Child, lessons: list[tuple[str, Item, str]], *, corrects: bool) -> None:
     """A multi-token correction a second, or a score that is stored and not learned."""
+    due = time.monotonic()
     while lessons:
         student, item, target = lessons.pop(0) if corrects else lessons[0]
         async with child.client(student) as client:
@@ -243,7 +244,8 @@ async def _teach(child: Child, lessons: list[tuple[str, Item, str]], *, corrects
                 await client.feedback(reply.request_id, correction=target)
             else:
                 await client.feedback(reply.request_id, score=0.5)
-        await asyncio.sleep(1.0)
+        due += 1.0
+        await asyncio.sleep(due - time.monotonic())
 
 
 def _show(console: Console, idle: _Samples, loaded: _Samples, ratios: list[float]) -> int:

@@ -74,8 +74,12 @@ async def test_together_and_preempted_equals_alone(checkpoint, deterministic):
     for one, other in zip(alone, together, strict=True):
         assert one.token_ids == other.token_ids
         assert one.capture is not None and other.capture is not None
+        np.testing.assert_array_equal(one.capture.top_ids[:, 0], other.capture.top_ids[:, 0])
         if deterministic:
-            np.testing.assert_array_equal(one.capture.top_logprobs, other.capture.top_logprobs)
+            for array in ("hidden", "top_ids", "top_logprobs", "rest_logprob"):
+                np.testing.assert_array_equal(
+                    getattr(one.capture, array), getattr(other.capture, array)
+                )
             np.testing.assert_array_equal(one.prompt_vector, other.prompt_vector)
         else:
             np.testing.assert_allclose(
