@@ -55,7 +55,7 @@ class Sequence:
     parked_hidden: np.ndarray | None = None  # [D], waits for a free head slot to be sampled
     vector_sum: np.ndarray | None = None  # [D] float64, over the prompt computed so far
     prompt_vector: np.ndarray | None = None
-    # Steps and rows of them. The steps' other rows live as long, at most a context of each sequence.
+    # Steps and rows of them; a step's other rows live as long, at most a context of each sequence.
     captured: "list[tuple[Captured, int]]" = field(default_factory=list)
     created_s: float = field(default_factory=time.monotonic)
     admitted_s: float = 0.0
