@@ -19,6 +19,9 @@ from engine.scheduler import Scheduler
 from engine.sequence import Kind, Sequence
 from engine.text import Tokenizer
 
+# Updates joined into one for a slow reader: a message stays far below gRPC's 4 MiB.
+MAX_JOINED = 256
+
 
 class EngineClient:
     """Implements `engine.api.Generator`. Create it where its event loop runs.
@@ -200,7 +203,7 @@ async def _next(stream: asyncio.Queue[Result]) -> Result:
     if not isinstance(result, Update) or stream.empty():
         return result
     updates = [result]
-    while not stream.empty():
+    while len(updates) < MAX_JOINED and not stream.empty():
         later = stream.get_nowait()
         if not isinstance(later, Update):
             stream.put_nowait(later)  # the end: nothing comes behind it
