@@ -10,7 +10,11 @@ class AdapterNotFound(AdapterError):
 
 
 class IncompatibleAdapter(AdapterError):
-    """An adapter learned on another base model than the one being served."""
+    """An adapter of another base model than the one being served, or larger than its slots."""
+
+
+class InvalidAdapter(AdapterError):
+    """Adapter files that are missing, damaged, or ask for what is not built."""
 
 
 class CandidateRejected(AdapterError):

@@ -14,6 +14,8 @@ from engine.api import (
     HeadRef,
     HeadTable,
     Job,
+    LoraRef,
+    LoraTable,
     SamplingParams,
     ScoreResult,
     Timing,
@@ -23,6 +25,7 @@ from engine.api import (
 )
 from engine.errors import (
     ConfigError,
+    DeadlinePassed,
     DuplicateJob,
     EngineError,
     EngineStopped,
@@ -38,6 +41,7 @@ __all__ = [
     "NUM_CAPTURED_LOGITS",
     "Capture",
     "ConfigError",
+    "DeadlinePassed",
     "DuplicateJob",
     "EngineError",
     "EngineStats",
@@ -50,6 +54,8 @@ __all__ = [
     "HeadTable",
     "InvalidJob",
     "Job",
+    "LoraRef",
+    "LoraTable",
     "OutOfPages",
     "QueueFull",
     "SamplingParams",

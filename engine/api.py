@@ -5,17 +5,17 @@ iterator at any time: the job ends and its pages return. Nothing here knows a wi
 """
 
 import enum
-import math
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
+from engine.params import MAX_LOGPROBS, MAX_SEED, Constraint, SamplingParams
+
+__all__ = ["MAX_LOGPROBS", "MAX_SEED", "Constraint", "SamplingParams"]  # and everything below
+
 NUM_CAPTURED_LOGITS = 64  # base logits kept per captured position
-MAX_LOGPROBS = 20
-MAX_SEED = 2**63 - 1
-_MAX_TOP_K = 2**31 - 1
 
 
 class FinishReason(enum.Enum):
@@ -25,37 +25,6 @@ class FinishReason(enum.Enum):
     LENGTH = "length"  # max_tokens or the context is used up
     CANCELLED = "cancelled"
     ERROR = "error"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingParams:
-    """How logits become a token."""
-
-    temperature: float = 1.0  # 0 is greedy
-    top_k: int = 0  # 0 keeps the whole vocabulary
-    top_p: float = 1.0  # in (0, 1]
-    seed: int | None = None  # None draws one per job
-    max_tokens: int = 256
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    logprobs: int | None = None  # None: none; n: the chosen token's and the n best, n <= 20
-
-    def fault(self) -> tuple[str, object, str] | None:
-        """The first setting that no draw could follow: its name, its value, what is allowed."""
-        is_warmth = math.isfinite(self.temperature) and self.temperature >= 0
-        for name, is_allowed, allowed in (
-            ("temperature", is_warmth, "a finite number from 0 (greedy) up"),
-            ("top_p", 0 < self.top_p <= 1, "a number above 0, up to 1 (all)"),
-            ("top_k", 0 <= self.top_k <= _MAX_TOP_K, f"0 (all) to {_MAX_TOP_K}"),
-            ("max_tokens", self.max_tokens >= 1, "1 or more"),
-            ("seed", 0 <= (self.seed or 0) <= MAX_SEED, f"0 to {MAX_SEED}"),
-            ("logprobs", 0 <= (self.logprobs or 0) <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}"),
-            ("stop", all(self.stop), "texts of one character or more"),
-        ):
-            if not is_allowed:
-                return name, getattr(self, name), allowed
-        return None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -92,6 +61,43 @@ class HeadRef:
     table: HeadTable
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class LoraTable:
+    """Low-rank adapters of linear layers (Hu 2021, arXiv:2106.09685, section 4.1), ready to apply.
+
+    Module m of layer l maps x to y + (x @ a[m][l].T) @ b[m][l]; every scale is in b. All float32.
+    Layers without an adapter hold zeros; modules without one are absent.
+    """
+
+    a: Mapping[str, np.ndarray]  # module name -> [L, R, in]; of the head: [1, R, D]
+    b: Mapping[str, np.ndarray]  # module name -> [L, R, out]
+
+    @property
+    def rank(self) -> int:
+        """R, the same for every module."""
+        return max(array.shape[1] for array in self.a.values())
+
+    @property
+    def num_bytes(self) -> int:
+        """Host bytes of all arrays."""
+        return sum(array.nbytes for array in (*self.a.values(), *self.b.values()))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoraRef:
+    """A LoRA version chosen for a job, or several merged."""
+
+    name: str  # adapter name as reported to the client
+    version: int
+    slot_key: tuple[str, ...]  # identity across tenants
+    table: LoraTable
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """What cached keys and values below the head depend on."""
+        return (*self.slot_key, self.version)
+
+
 HeadChoice = Callable[[np.ndarray], HeadRef | None]
 """Called once on the engine thread with the prompt's mean final hidden state [D] float32, after
 prefill and before the first token. Must return within microseconds and must not raise."""
@@ -104,9 +110,15 @@ class Job:
     request_id: str
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
-    choose_head: HeadChoice | None = None  # None: the base model
+    choose_head: HeadChoice | None = None  # None: the base model's head
+    lora: LoraRef | None = None  # None: the base model below the head
+    constraint: Constraint | None = None  # form of the answer
     capture: bool = False  # keep learning states of every generated position
-    priority: int = 0  # lower first
+    tenant: str = ""  # whom the engine's time is shared between
+    priority: int = 0  # lower first, within the tenant
+    salt: Hashable = ""  # cached prefixes are shared between equal salts alone
+    session: Hashable = None  # whose prefix stays warm for the next turn; None: nobody's
+    deadline_s: float | None = None  # on the clock of `time.monotonic`
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -131,7 +143,7 @@ class Capture:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """Log-probability under the adapted distribution at temperature 1."""
+    """Log-probability under the adapted distribution at temperature 1, before any setting."""
 
     token_id: int
     logprob: float
@@ -139,7 +151,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One sampled token."""
+    """One token, sampled or given."""
 
     token_id: int
     logprob: float | None  # None when not asked for
@@ -162,30 +174,50 @@ class Final:
     finish_reason: FinishReason
     stop_match: str | int | None  # the stop string or id that ended it
     num_prompt_tokens: int
+    num_cached_tokens: int  # of the prompt, found in the prefix cache
     num_completion_tokens: int
     token_ids: tuple[int, ...]  # all generated ids, the end-of-sequence id included
     text: str  # the whole visible text
     head: HeadRef | None
     prompt_vector: np.ndarray  # [D] float32, mean final hidden state of the prompt
+    prompt_tokens: tuple[Token, ...]  # the prompt's but the first, when prompt_logprobs was asked
     capture: Capture | None  # one row per generated token
     timing: Timing
 
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """News of a job since the last one: new tokens, newly visible text, and at last the end."""
+    """News of one answer: new tokens, newly visible text, and at last the end."""
 
     tokens: tuple[Token, ...]
     text: str
     final: Final | None
+    index: int = 0  # of the answer, from 0 to n - 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CaptureResult:
+    """A teacher-forced pass: base states at the positions that predict the continuation."""
+
+    capture: Capture  # T = length of the continuation
+    prompt_vector: np.ndarray  # [D] float32, mean over the prompt alone
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ScoreResult:
-    """A teacher-forced pass: states at the positions that predict the continuation."""
+    """How likely a given continuation is."""
 
-    capture: Capture  # T = length of the continuation
-    prompt_vector: np.ndarray  # [D] float32, mean over the prompt alone
+    tokens: tuple[Token, ...]  # the continuation's, with log-probabilities
+    head: HeadRef | None
+    num_cached_tokens: int  # of the prompt, found in the prefix cache
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EmbedResult:
+    """A prompt's vector."""
+
+    vector: np.ndarray  # [D] float32, mean final hidden state of the prompt
+    num_cached_tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,13 +227,16 @@ class EngineStats:
     num_running: int
     num_waiting: int
     num_pages: int
-    num_free_pages: int
+    num_free_pages: int  # nobody holds them
+    num_idle_pages: int  # held by the prefix cache alone, given up on demand
     num_preemptions: int
     num_recompiles: int
-    num_prompt_tokens: int
+    num_prompt_tokens: int  # computed
+    num_cached_tokens: int  # of prompts, found in the prefix cache instead
     num_generated_tokens: int
     num_steps: int
     num_resident_heads: int
+    num_resident_loras: int
     busy_s: float  # engine thread time in steps
     learning_s: float  # of which teacher-forced passes
 
@@ -213,14 +248,16 @@ class Generator(Protocol):
         """Run a job. Close the generator to cancel it. Raises EngineError."""
         ...
 
-    async def embed(self, request_id: str, prompt_ids: tuple[int, ...]) -> np.ndarray:
-        """Mean final hidden state [D] float32 of the prompt."""
+    async def embed(self, job: Job) -> EmbedResult:
+        """The prompt's vector, below the head; the job's LoRA applies, its sampling does not."""
         ...
 
-    async def score(
-        self, request_id: str, prompt_ids: tuple[int, ...], continuation_ids: tuple[int, ...]
-    ) -> ScoreResult:
-        """Teacher-force the continuation, below every user's token in priority."""
+    async def score(self, job: Job, continuation_ids: tuple[int, ...]) -> ScoreResult:
+        """Log-probabilities of a continuation under the adapted model; nothing is sampled."""
+        ...
+
+    async def capture(self, job: Job, continuation_ids: tuple[int, ...]) -> CaptureResult:
+        """Teacher-force the continuation on the base model, below every user's token."""
         ...
 
     def abort(self, request_id: str) -> bool:

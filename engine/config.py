@@ -1,5 +1,7 @@
 """What the operator may set about the engine, and the sizes derived from it at start-up."""
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,6 +14,7 @@ if TYPE_CHECKING:  # the scheduler reads plans and must not load jax
 
 _DTYPES = ("auto", "float32", "bfloat16")
 _PAGE_SIZES = (8, 16, 32, 64)
+MAX_LORA_RANK = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,38 +25,66 @@ class EngineConfig:
     max_model_len: int = 0  # tokens of prompt plus answer; 0: what the model was trained for
     max_num_seqs: int = 16  # sequences decoded together
     max_waiting: int = 1024  # jobs queued behind them
+    max_waiting_tokens: int = 1_048_576  # of their prompts
+    max_num_batched_tokens: int = 0  # computed in one turn; 0: a full chunk beside all sequences
+    priority_patience_s: float = 10.0  # then a job's age may overrule its tenant's priorities
     page_size: int = 16  # tokens per KV page
     num_pages: int = 0  # KV pages; 0: as many as max_num_seqs full contexts need, within memory
     kv_memory_fraction: float = 0.5  # of the memory free at start-up that derived pages may take
     prefill_chunk: int = 256  # tokens of a prompt computed between two decode steps
     deterministic: bool = False  # one decode bucket, one prefill shape: outputs equal to the bit
+    enable_prefix_caching: bool = True  # do not compute again what a prompt shares with another
+    session_fraction: float = 0.25  # of the pages that sessions may keep warm
+    session_idle_s: float = 600.0  # that a session stays warm after its last turn
+    max_loras: int = 8  # LoRA versions resident on the device; 0 builds none
+    max_lora_rank: int = 16  # of one LoRA, or of several merged; at most 64
+    lora_on_head: bool = False  # LoRAs may adapt lm_head too, at a vocabulary's cost per slot
     max_learned_slots: int = 256  # head-edit versions resident on the device
     head_rank: int = 32  # ranks of a head slot
     head_rows: int = 2048  # vocabulary rows of a head slot
     learning_fraction: float = 0.15  # of engine time for learning passes while users wait
 
     def __post_init__(self) -> None:
-        if self.dtype not in _DTYPES:
-            raise ConfigError(f"engine.dtype is {self.dtype!r}; use one of {', '.join(_DTYPES)}")
-        if self.page_size not in _PAGE_SIZES:
-            raise ConfigError(f"engine.page_size is {self.page_size}; use one of {_PAGE_SIZES}")
-        for name, low in (
-            ("max_model_len", 0),
-            ("max_num_seqs", 1),
-            ("max_waiting", 1),
-            ("num_pages", 0),
-            ("prefill_chunk", 16),
-            ("max_learned_slots", 2),
-            ("head_rank", 1),
-            ("head_rows", 64),
-        ):
+        for name, is_allowed, allowed in (*self._choices(), *self._ranges()):
+            if not is_allowed:
+                value = getattr(self, name)
+                raise ConfigError(f"engine.{name} is {value!r}; must be {allowed}")
+
+    def _choices(self) -> tuple[tuple[str, bool, str], ...]:
+        fits = not self.prefill_chunk % self.page_size
+        sizes = f"one of {', '.join(map(str, _PAGE_SIZES))}"
+        return (
+            ("dtype", self.dtype in _DTYPES, f"one of {', '.join(_DTYPES)}"),
+            ("page_size", self.page_size in _PAGE_SIZES, sizes),
+            ("prefill_chunk", fits, f"a multiple of engine.page_size, {self.page_size}"),
+        )
+
+    def _ranges(self) -> Iterator[tuple[str, bool, str]]:
+        for name, low, high in _RANGES:
             value = getattr(self, name)
-            if value < low:
-                raise ConfigError(f"engine.{name} is {value}; must be >= {low}")
+            within = f"in [{low}, {high}]" if math.isfinite(high) else f">= {low}"
+            yield name, math.isfinite(value) and low <= value <= high, within
         for name in ("kv_memory_fraction", "learning_fraction"):
-            value = getattr(self, name)
-            if not 0.0 < value <= 1.0:
-                raise ConfigError(f"engine.{name} is {value}; must lie in (0, 1]")
+            yield name, 0.0 < getattr(self, name) <= 1.0, "in (0, 1]"
+
+
+_RANGES = (
+    ("max_model_len", 0, math.inf),
+    ("max_num_seqs", 1, math.inf),
+    ("max_waiting", 1, math.inf),
+    ("max_waiting_tokens", 1, math.inf),
+    ("max_num_batched_tokens", 0, math.inf),
+    ("priority_patience_s", 0, math.inf),
+    ("num_pages", 0, math.inf),
+    ("prefill_chunk", 16, math.inf),
+    ("session_fraction", 0, 1),
+    ("session_idle_s", 0, math.inf),
+    ("max_loras", 0, math.inf),
+    ("max_lora_rank", 1, MAX_LORA_RANK),
+    ("max_learned_slots", 2, math.inf),
+    ("head_rank", 1, math.inf),
+    ("head_rows", 64, math.inf),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,18 +95,28 @@ class EnginePlan:
     max_len: int  # tokens of prompt plus answer
     max_num_seqs: int
     max_waiting: int
+    max_waiting_tokens: int
+    priority_patience_s: float
+    step_tokens: int  # computed in one turn
     page_size: int  # C
     num_pages: int  # P
     pages_per_seq: int  # M
     page_bytes: int  # of one page over all layers, keys and values
+    caches_prefixes: bool
+    session_pages: int  # that sessions may keep warm
+    session_idle_s: float
     decode_buckets: tuple[int, ...]  # rows, rising
     prefill_buckets: tuple[int, ...]  # tokens, rising; the last is the chunk
-    score_chunk: int  # tokens of one slice of a teacher-forced pass
+    prefill_chunk: int
+    slice_tokens: int  # of a teacher-forced pass, or of given tokens to be scored, in one turn
     is_deterministic: bool
     num_head_slots: int  # A, slot 0 is "no edit"
     head_rank: int  # R
     head_rows: int  # J
     head_tokens: int  # E
+    num_lora_slots: int  # slot 0 is "no LoRA"; 1 when none are built
+    lora_rank: int
+    lora_on_head: bool
     learning_fraction: float
 
 
@@ -96,27 +137,50 @@ def plan_engine(config: EngineConfig, model: "ModelConfig", *, platform: str) ->
     pages_per_seq = -(-max_len // config.page_size)
     values = 2 * model.num_layers * config.page_size * model.num_kv_heads * model.head_dim
     page_bytes = values * (4 if dtype == "float32" else 2)
-    chunk = max(16, min(config.prefill_chunk, max_len))
+    chunk = min(config.prefill_chunk, pages_per_seq * config.page_size)
     deterministic = config.deterministic
+    num_pages = _num_pages(config, pages_per_seq, page_bytes)
     return EnginePlan(
         dtype=dtype,
         max_len=max_len,
         max_num_seqs=config.max_num_seqs,
         max_waiting=config.max_waiting,
+        max_waiting_tokens=config.max_waiting_tokens,
+        priority_patience_s=config.priority_patience_s,
+        step_tokens=_step_tokens(config, chunk),
         page_size=config.page_size,
-        num_pages=_num_pages(config, pages_per_seq, page_bytes),
+        num_pages=num_pages,
         pages_per_seq=pages_per_seq,
         page_bytes=page_bytes,
+        caches_prefixes=config.enable_prefix_caching,
+        session_pages=int(num_pages * config.session_fraction),
+        session_idle_s=config.session_idle_s,
         decode_buckets=_buckets(1, config.max_num_seqs, 2, only_last=deterministic),
         prefill_buckets=_buckets(16, chunk, 4, only_last=deterministic),
-        score_chunk=16,
+        prefill_chunk=chunk,
+        slice_tokens=16,
         is_deterministic=deterministic,
         num_head_slots=config.max_learned_slots,
         head_rank=config.head_rank,
         head_rows=min(config.head_rows, model.vocab_size),
         head_tokens=64,
+        num_lora_slots=1 + config.max_loras,
+        lora_rank=config.max_lora_rank,
+        lora_on_head=config.lora_on_head,
         learning_fraction=config.learning_fraction,
     )
+
+
+def _step_tokens(config: EngineConfig, chunk: int) -> int:
+    least = chunk + config.max_num_seqs
+    wanted = config.max_num_batched_tokens or least
+    if wanted < least:
+        raise ConfigError(
+            f"engine.max_num_batched_tokens is {wanted}; a prompt's chunk of {chunk} tokens beside "
+            f"{config.max_num_seqs} sequences needs {least}: raise it, or lower "
+            "engine.prefill_chunk or engine.max_num_seqs"
+        )
+    return wanted
 
 
 def _buckets(low: int, high: int, factor: int, *, only_last: bool) -> tuple[int, ...]:

@@ -30,7 +30,18 @@ class DuplicateJob(EngineError):
 
 
 class QueueFull(EngineError):
-    """More waiting jobs than the plan admits. Retry later."""
+    """More waiting jobs than the plan admits. Retry after `retry_s`."""
+
+    def __init__(self, message: str, retry_s: float = 1.0) -> None:
+        super().__init__(message, retry_s)
+        self.retry_s = retry_s
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class DeadlinePassed(EngineError):
+    """A job that could not be finished in time and was not begun."""
 
 
 class OutOfPages(EngineError):

@@ -1,21 +1,41 @@
 """Logits to a token, on the device, every row by its own settings in one program.
 
-The order is the field's: temperature, top-k, top-p, draw. Thresholds are found by bisection on
-the ordered bit pattern of a float32, so nothing is sorted; the draw is the Gumbel maximum with a
-key made of the request's seed and the token's index, so it does not depend on the batch.
+The order is the field's: form of the answer, single biases, penalties, temperature, top-k, top-p,
+min-p, draw. Thresholds are found by bisection on the ordered bit pattern of a float32, so nothing
+is sorted; the draw is the Gumbel maximum with a key made of the request's seed and the token's
+index, so it does not depend on the batch.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from engine.api import SamplingParams
 from engine.errors import InvalidJob
+from engine.params import SamplingParams
 
+# Columns of `ints` and `floats`, which describe the rows of a batch.
+SLOT, SEED, INDEX, TOP_K, NUM_LOGPROBS, ROW, IS_BIASED, IS_PENALISED, IS_MASKED = range(9)
+TEMPERATURE, TOP_P, MIN_P, REPETITION, PRESENCE, FREQUENCY = range(6)
+NUM_INTS, NUM_FLOATS = 9, 6
+
+IN_PROMPT = 1 << 30  # of a tally: the token occurs in the prompt
 _FLOOR = -1e30
 _BITS = 32  # of a float32 pattern: turns of a bisection
+
+
+class Rows(NamedTuple):
+    """What a sampled row remembers on the device, by its row of the page table.
+
+    Padding of `bias_ids` is V. Written when a sequence that needs it takes the row.
+    """
+
+    tally: Int[Array, "N V"]  # times generated, plus IN_PROMPT
+    bias_ids: Int[Array, "N L"]
+    bias: Float[Array, "N L"]
+    bias_until: Int[Array, "N L"]  # index of the first token that the bias spares
 
 
 def check(params: SamplingParams) -> None:
@@ -28,20 +48,21 @@ def check(params: SamplingParams) -> None:
 
 def sample(
     logits: Float[Array, "B V"],
-    temperature: Float[Array, " B"],
-    top_k: Int[Array, " B"],
-    top_p: Float[Array, " B"],
-    seed: Int[Array, " B"],
-    index: Int[Array, " B"],
+    rows: Rows,
+    masks: Int[Array, "B W"],
+    ints: Int[Array, "B 9"],
+    floats: Float[Array, "B 6"],
 ) -> Int[Array, " B"]:
-    """One token per row. Temperature 0 takes the largest logit (the lowest id on a tie)."""
-    greedy = argmax(logits)
-    drawn = jax.lax.cond(
-        jnp.any(temperature > 0),
-        lambda: _draw(logits, temperature, top_k, top_p, seed, index),
-        lambda: greedy,
+    """One token per row. Temperature 0 takes the largest logit (the lowest id on a tie).
+
+    `masks` has a bit for every token that the form of the answer allows, the lowest first.
+    """
+    is_shaped = jnp.any(ints[:, (IS_MASKED, IS_BIASED, IS_PENALISED)] > 0)
+    return jax.lax.cond(
+        is_shaped,
+        lambda: _chosen(_shaped(logits, rows, masks, ints, floats), ints, floats),
+        lambda: _chosen(logits, ints, floats),
     )
-    return jnp.where(temperature > 0, drawn, greedy)
 
 
 def argmax(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
@@ -51,18 +72,62 @@ def argmax(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
     return jnp.min(jnp.where(is_best, ids, logits.shape[1] - 1), axis=1)
 
 
-def _draw(
-    logits: Array, temperature: Array, top_k: Array, top_p: Array, seed: Array, index: Array
-) -> Array:
-    scaled = logits / jnp.maximum(temperature, 1e-6)[:, None]
+def _chosen(logits: Array, ints: Array, floats: Array) -> Array:
+    greedy = argmax(logits)
+    is_drawn = floats[:, TEMPERATURE] > 0
+    drawn = jax.lax.cond(jnp.any(is_drawn), lambda: _draw(logits, ints, floats), lambda: greedy)
+    return jnp.where(is_drawn, drawn, greedy)
+
+
+def _shaped(logits: Array, rows: Rows, masks: Array, ints: Array, floats: Array) -> Array:
+    """Logits after everything that depends on more than themselves; each part only if asked."""
+    for column, shape in (
+        (IS_MASKED, lambda x: _masked(x, masks, ints)),
+        (IS_BIASED, lambda x: _biased(x, rows, ints)),
+        (IS_PENALISED, lambda x: _penalised(x, rows, ints, floats)),
+    ):
+        logits = jax.lax.cond(jnp.any(ints[:, column] > 0), shape, lambda x: x, logits)
+    return logits
+
+
+def _masked(logits: Array, masks: Array, ints: Array) -> Array:
+    token = jnp.arange(logits.shape[1], dtype=jnp.int32)
+    is_allowed = (masks[:, token >> 5] >> (token & 31)[None]) & 1 > 0
+    return jnp.where((ints[:, IS_MASKED, None] > 0) & ~is_allowed, _FLOOR, logits)
+
+
+def _biased(logits: Array, rows: Rows, ints: Array) -> Array:
+    row, index = ints[:, ROW], ints[:, INDEX, None]
+    is_on = (ints[:, IS_BIASED, None] > 0) & (index < rows.bias_until[row])
+    ids = jnp.where(is_on, rows.bias_ids[row], logits.shape[1])
+    batch_B1 = jnp.arange(logits.shape[0], dtype=jnp.int32)[:, None]
+    return logits.at[batch_B1, ids].add(rows.bias[row], mode="drop")
+
+
+def _penalised(logits: Array, rows: Rows, ints: Array, floats: Array) -> Array:
+    """Repetition (Keskar 2019, arXiv:1909.05858, section 4.1), presence and frequency."""
+    tally = rows.tally[ints[:, ROW]]
+    count = (tally & (IN_PROMPT - 1)).astype(jnp.float32)
+    repetition = floats[:, REPETITION, None]
+    shrunk = jnp.where(logits > 0, logits / repetition, logits * repetition)
+    changed = jnp.where(tally != 0, shrunk, logits)
+    changed = changed - floats[:, FREQUENCY, None] * count
+    changed = changed - jnp.where(count > 0, floats[:, PRESENCE, None], 0.0)
+    return jnp.where(ints[:, IS_PENALISED, None] > 0, changed, logits)
+
+
+def _draw(logits: Array, ints: Array, floats: Array) -> Array:
+    scaled = logits / jnp.maximum(floats[:, TEMPERATURE, None], 1e-6)
+    top_k, top_p, min_p = ints[:, TOP_K], floats[:, TOP_P], floats[:, MIN_P]
     size = logits.shape[1]
-    limited = (top_k > 0) | (top_p < 1.0)
     kept = jax.lax.cond(
-        jnp.any(limited),
+        jnp.any((top_k > 0) | (top_p < 1.0)),
         lambda: _nucleus(scaled, jnp.where(top_k > 0, jnp.minimum(top_k, size), size), top_p),
         lambda: scaled,
     )
-    noise = jax.vmap(lambda s, i: _gumbel(s, i, size))(seed, index)
+    least = jnp.max(scaled, axis=1, keepdims=True) + jnp.log(min_p)[:, None]  # log 0 keeps all
+    kept = jnp.where(scaled >= least, kept, _FLOOR)
+    noise = jax.vmap(lambda s, i: _gumbel(s, i, size))(ints[:, SEED], ints[:, INDEX])
     return argmax(kept + noise)
 
 

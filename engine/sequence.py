@@ -13,21 +13,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from engine.api import (
-    Capture,
-    Final,
-    FinishReason,
-    HeadRef,
-    Job,
-    Timing,
-    Token,
-    TokenLogprob,
-    Update,
-)
-from engine.text import TextStream, Tokenizer
+from engine.api import Capture, HeadRef, Job, Token
 
 if TYPE_CHECKING:  # the scheduler handles sequences and must not load jax
-    from engine.step import Captured, Sampled
+    from engine.constraints import Matcher
+    from engine.kv.prefix import Node
+    from engine.step import Captured
+
+_CHUNK_FROM = 4  # known tokens of an answer; fewer are computed step by step, beside the others
 
 
 class Kind(enum.Enum):
@@ -35,25 +28,38 @@ class Kind(enum.Enum):
 
     GENERATE = "generate"
     EMBED = "embed"
-    SCORE = "score"  # a teacher-forced pass; below every user's token
+    SCORE = "score"  # log-probabilities of a given continuation
+    CAPTURE = "capture"  # a teacher-forced pass of learning; below every user's token
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """Mutable state of one job. `Scheduler` owns pages and progress, `Answer` owns the text."""
+    """Mutable state of one job. `Scheduler` owns pages and progress, `Answer` the text."""
 
     kind: Kind
     job: Job
     tokens: list[int]
     num_prompt: int
+    index: int = 0  # of the answer, where a job has several
+    siblings: "tuple[Sequence, ...]" = ()  # of the first answer: the others, begun after its prompt
     replays_by_decode: bool = False  # after a preemption: generated tokens as single steps
+    matcher: "Matcher | None" = None  # of a constrained answer
+    number: int = 0  # order of arrival
+    is_returning: bool = False  # it lost its pages and waits again
     num_computed: int = 0
+    num_cached: int = 0  # of the prompt, when it was first admitted
     pages: list[int] = field(default_factory=list)
+    node: "Node | None" = None  # of the prefix cache, as far as it knows these tokens
     row: int = -1  # of the decode page table while running
     slot: int = 0  # head slot, 0 for none
+    lora_slot: int = 0
     head: HeadRef | None = None
+    has_chosen: bool = False  # the head, with or without one
+    stop_ids: frozenset[int] = frozenset()
     parked_hidden: np.ndarray | None = None  # [D], waits for a free head slot to be sampled
-    vector_sum: np.ndarray | None = None  # [D] float64, over the prompt computed so far
+    unread: list[np.ndarray] = field(default_factory=list)  # [t, D] each, to be scored
+    read: list[Token] = field(default_factory=list)
+    vector_sum: np.ndarray | None = None  # [D] float32, over the tokens computed so far
     prompt_vector: np.ndarray | None = None
     # Steps and rows of them; a step's other rows live as long, at most a context of each sequence.
     captured: "list[tuple[Captured, int]]" = field(default_factory=list)
@@ -72,9 +78,34 @@ class Sequence:
         return len(self.tokens) - self.num_prompt
 
     @property
-    def prefill_target(self) -> int:
-        """Tokens to compute before single steps take over."""
+    def num_answers(self) -> int:
+        """Decode rows that the job will take."""
+        return 1 + len(self.siblings)
+
+    @property
+    def next_read(self) -> int | None:
+        """First token whose log-probability is asked for and not known yet; None: no more."""
         if self.kind is Kind.SCORE:
+            at, end = self.num_prompt + len(self.read), len(self.tokens)
+        elif self.job.sampling.prompt_logprobs is None or self.index:
+            return None
+        else:
+            at, end = 1 + len(self.read), self.num_prompt
+        return at if at < end else None
+
+    @property
+    def match_limit(self) -> int:
+        """Leading tokens whose states nobody asks for: a cached prefix may stand for them."""
+        if self.next_read is not None:
+            return self.next_read - 1
+        if self.prompt_vector is not None:  # nothing of the prompt is asked any more
+            return len(self.tokens) - 1
+        return self.num_prompt - 1
+
+    @property
+    def prefill_target(self) -> int:
+        """Tokens to compute in chunks before single steps take over."""
+        if self.kind in (Kind.SCORE, Kind.CAPTURE):
             return len(self.tokens) - 1  # nothing is asked of the last one
         if not self.num_generated or self.replays_by_decode:
             return self.num_prompt
@@ -83,7 +114,10 @@ class Sequence:
     @property
     def is_prefilled(self) -> bool:
         """Whether the next work is a single step."""
-        return self.num_computed >= self.prefill_target
+        missing = self.prefill_target - self.num_computed
+        if self.num_computed < self.num_prompt or self.kind is not Kind.GENERATE:
+            return missing <= 0
+        return missing < _CHUNK_FROM
 
     @property
     def is_decoding(self) -> bool:
@@ -97,12 +131,35 @@ class Sequence:
         return self.head is not None and not self.slot
 
     @property
+    def lacks_lora(self) -> bool:
+        """Whether its LoRA waits for a slot on the device; nothing can be computed before."""
+        return self.job.lora is not None and not self.lora_slot
+
+    @property
+    def is_parked(self) -> bool:
+        """Whether its first token waits to be sampled."""
+        return self.parked_hidden is not None
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether log-probabilities of given tokens are still to be computed."""
+        return bool(self.unread) and self.is_prefilled and not self.lacks_slot
+
+    @property
     def is_replaying(self) -> bool:
-        """Whether the next decode step repeats a token that is already known."""
+        """Whether the next decode step computes a token that is already known."""
         return self.num_computed < len(self.tokens) - 1
 
-    def add_vector(self, total: np.ndarray) -> None:
-        """Sum of final hidden states over a prompt chunk."""
+    def num_uncaptured(self, num_computed: int) -> int:
+        """Known tokens of the answer whose states are computed and not kept, if they are to be."""
+        if not self.job.capture:
+            return 0
+        num_known = min(num_computed - self.num_prompt + 1, self.num_generated)
+        return max(0, num_known - len(self.captured))
+
+    def add_states(self, hidden: np.ndarray) -> None:
+        """Final hidden states [t, D] of the next tokens: into the running sum."""
+        total = hidden.sum(axis=0, dtype=np.float32)
         self.vector_sum = total if self.vector_sum is None else self.vector_sum + total
 
     def stacked_capture(self) -> Capture | None:
@@ -115,90 +172,3 @@ class Sequence:
             top_logprobs=np.array([step.top_logprobs[row] for step, row in self.captured]),
             rest_logprob=np.array([step.rest_logprob[row] for step, row in self.captured]),
         )
-
-
-class Answer:
-    """The growing answer of a generating sequence: stops, visible text, news for the caller."""
-
-    def __init__(self, sequence: Sequence, tokenizer: Tokenizer, *, max_len: int) -> None:
-        sampling = sequence.job.sampling
-        self._sequence = sequence
-        self._stream = TextStream(tokenizer, sampling.stop)
-        self._stop_ids = frozenset(sampling.stop_token_ids) | (
-            frozenset() if sampling.ignore_eos else tokenizer.eos_ids
-        )
-        self._max_tokens = min(sampling.max_tokens, max_len - sequence.num_prompt)
-        self._news: list[Token] = []
-        self._text = ""
-
-    def accept(self, sampled: "Sampled", row: int) -> FinishReason | None:
-        """Take row `row` of a step's result. Returns the reason when the answer ends here."""
-        sequence, job = self._sequence, self._sequence.job
-        token_id = int(sampled.token[row])
-        if not sequence.num_generated:
-            sequence.first_token_s = time.monotonic()
-        sequence.tokens.append(token_id)
-        if job.capture:
-            sequence.captured.append((sampled.captured, row))
-        self._news.append(_token(sampled, row, job.sampling.logprobs))
-        if token_id in self._stop_ids:
-            self._stop_match = token_id
-            return FinishReason.STOP
-        self._text += self._stream.push(token_id)
-        if self._stream.stop_match is not None:
-            return FinishReason.STOP
-        return FinishReason.LENGTH if sequence.num_generated >= self._max_tokens else None
-
-    _stop_match: int | None = None
-
-    def news(self) -> Update | None:
-        """What is new since the last call; None when nothing is."""
-        if not self._news:
-            return None
-        update = Update(tuple(self._news), self._text, None)
-        self._news, self._text = [], ""
-        return update
-
-    def finish(self, reason: FinishReason) -> Update:
-        """The last update, with everything the caller needs to account and to learn."""
-        sequence = self._sequence
-        self._text += self._stream.flush()
-        final = Final(
-            finish_reason=reason,
-            stop_match=self._stream.stop_match or self._stop_match,
-            num_prompt_tokens=sequence.num_prompt,
-            num_completion_tokens=sequence.num_generated,
-            token_ids=tuple(sequence.tokens[sequence.num_prompt :]),
-            text=self._stream.text,
-            head=sequence.head,
-            prompt_vector=_vector(sequence),
-            capture=sequence.stacked_capture(),
-            timing=_timing(sequence),
-        )
-        update = Update(tuple(self._news), self._text, final)
-        self._news, self._text = [], ""
-        return update
-
-
-def _token(sampled: "Sampled", row: int, num_logprobs: int | None) -> Token:
-    token_id = int(sampled.token[row])
-    if num_logprobs is None:
-        return Token(token_id, None, ())
-    best = zip(sampled.best_ids[row], sampled.best_logprobs[row], strict=True)
-    top = tuple(TokenLogprob(int(i), float(p)) for i, p in list(best)[:num_logprobs])
-    return Token(token_id, float(sampled.logprob[row]), top)
-
-
-def _vector(sequence: Sequence) -> np.ndarray:
-    if sequence.prompt_vector is not None:
-        return sequence.prompt_vector
-    return np.zeros(0, np.float32)  # ended before its prompt was computed
-
-
-def _timing(sequence: Sequence) -> Timing:
-    now = time.monotonic()
-    admitted = sequence.admitted_s or now
-    first = sequence.first_token_s or now
-    return Timing(
-        queue_s=admitted - sequence.created_s, prefill_s=first - admitted, decode_s=now - first
-    )

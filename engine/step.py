@@ -1,12 +1,14 @@
 """The jitted steps. Everything the device runs for a token is in this file's programs.
 
-  prefill   one sequence, one chunk of its prompt     → hidden states, their sum
-  sample    rows of hidden states                     → tokens, captures
-  decode    one token of every sequence, both at once → tokens, captures
-  capture   rows of hidden states                     → captures alone (teacher-forced passes)
+  forward   new tokens of one prompt, or one of every answer   → hidden states
+  sample    rows of hidden states                              → tokens, captures
+  read      rows of hidden states and the tokens they precede  → log-probabilities
+  capture   rows of hidden states                              → captures alone
+  copy      pages onto pages
 
 Integers and settings of a row travel in two small arrays, so that a call has few arguments.
-Base quantities (argmax, the 64 best, log-sum-exps) are taken before edits, masks or temperature.
+Base quantities (argmax, the 64 best, log-sum-exps) are taken before head edits, masks or
+temperature. Between forward and sample the host prepares what only it knows: masks.
 """
 
 from collections.abc import Callable
@@ -19,14 +21,13 @@ from jaxtyping import Array, Float, Int
 
 from engine import sampling
 from engine.api import MAX_LOGPROBS, NUM_CAPTURED_LOGITS
-from engine.kv.pool import KVPool
+from engine.kv.pool import KVPool, copy_pages
 from engine.model import Decoder, LoadedModel
 from engine.ops.head_delta import HeadStack, add_head_delta
+from engine.ops.lora_delta import LoraStack, adapter_of
 from engine.ops.paged_attention import append, paged_attention
+from engine.sampling import NUM_LOGPROBS, SLOT, Rows
 
-# Columns of `ints` [B, 7] and `floats` [B, 2].
-TOKEN, POSITION, SLOT, SEED, INDEX, TOP_K, NUM_LOGPROBS = range(7)
-TEMPERATURE, TOP_P = range(2)
 _LOWEST_REST = -1e4  # log of "no mass outside the 64"
 
 
@@ -39,8 +40,16 @@ class Captured(NamedTuple):
     rest_logprob: Float[Array, " B"]
 
 
+class Read(NamedTuple):
+    """Log-probabilities per row, of the adapted distribution at temperature 1."""
+
+    logprob: Float[Array, " B"]  # of the row's token
+    best_ids: Int[Array, "B 20"]
+    best_logprobs: Float[Array, "B 20"]
+
+
 class Sampled(NamedTuple):
-    """What a step hands back per row. Log-probabilities are of the adapted distribution."""
+    """What a step hands back per row."""
 
     token: Int[Array, " B"]
     logprob: Float[Array, " B"]
@@ -50,12 +59,13 @@ class Sampled(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """The compiled entry points. `pool` and `stack` buffers are donated where they are written."""
+    """The compiled entry points. `forward` and `copy` take the pool and give it back."""
 
-    prefill: Callable[..., tuple[KVPool, Array, Array]]
+    forward: Callable[..., tuple[KVPool, Array]]
     sample: Callable[..., Sampled]
-    decode: Callable[..., tuple[KVPool, Sampled]]
+    read: Callable[..., Read]
     capture: Callable[..., Captured]
+    copy: Callable[..., KVPool]
 
     def num_programs(self) -> int:
         """Compiled variants so far; growth after warm-up is a bug."""
@@ -63,7 +73,7 @@ class Steps(NamedTuple):
 
 
 def make_steps(model: LoadedModel) -> Steps:
-    """Build the four programs for one model. Weights are arguments, passed as a flat tuple."""
+    """Build the programs for one model. Weights are arguments, passed as a flat tuple."""
     graph = model.graph
     tree = jax.tree.structure(model.params)
     scale = model.config.head_dim**-0.5
@@ -71,72 +81,73 @@ def make_steps(model: LoadedModel) -> Steps:
     def decoder(leaves: tuple[Array, ...]) -> Decoder:
         return nnx.merge(graph, jax.tree.unflatten(tree, leaves))
 
-    def prefill(
+    def forward(
         leaves: tuple[Array, ...],
         pool: KVPool,
-        tokens: Int[Array, " T"],
-        span: Int[Array, " 2"],
-        page_table: Int[Array, " M"],
-    ) -> tuple[KVPool, Float[Array, "T D"], Float[Array, " D"]]:
-        start, length = span[0], span[1]
-        offset_T = jnp.arange(tokens.shape[0], dtype=jnp.int32)
-        live_T = offset_T < length
-        positions = jnp.where(live_T, start + offset_T, -1)[None]
-        pool, hidden = _forward(
-            decoder(leaves), pool, tokens[None], positions, page_table[None], scale
-        )
-        hidden = hidden[0]
-        total = jnp.where(live_T[:, None], hidden.astype(jnp.float32), 0.0).sum(axis=0)
-        return pool, hidden, total
+        loras: LoraStack,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        page_table: Int[Array, "B M"],
+        lora_slots: Int[Array, " B"],
+    ) -> tuple[KVPool, Float[Array, "B T D"]]:
+        """Position -1 marks padding: nothing is written there, and its state means nothing."""
+        layers = list(pool)
+
+        def attend(layer: int, q: Array, k: Array, v: Array) -> Array:
+            keys, values = 2 * layer, 2 * layer + 1
+            layers[keys] = append(layers[keys], k, page_table, positions)
+            layers[values] = append(layers[values], v, page_table, positions)
+            return paged_attention(
+                q, layers[keys], layers[values], page_table, positions, scale=scale
+            )
+
+        adapt = adapter_of(loras, lora_slots)
+        hidden = decoder(leaves)(tokens, jnp.maximum(positions, 0), attend, adapt)
+        return tuple(layers), hidden
 
     def sample(
         leaves: tuple[Array, ...],
         stack: HeadStack,
-        hidden: Float[Array, "B D"],
-        ints: Int[Array, "B 7"],
-        floats: Float[Array, "B 2"],
+        loras: LoraStack,
+        rows: Rows,
+        hidden: Float[Array, "B 1 D"],
+        masks: Int[Array, "B W"],
+        ints: Int[Array, "B I"],
+        floats: Float[Array, "B F"],
+        lora_slots: Int[Array, " B"],
     ) -> Sampled:
-        return _sample(decoder(leaves).logits(hidden), hidden, stack, ints, floats)
+        base = decoder(leaves).logits(hidden, adapter_of(loras, lora_slots))[:, 0]
+        captured = _capture(base, hidden[:, 0])
+        slots = ints[:, SLOT]
+        logits = add_head_delta(base, hidden[:, 0], captured.top_ids[:, 0], slots, stack)
+        token = sampling.sample(logits, rows, masks, ints, floats)
+        return Sampled(token, *_read(logits, token, ints[:, NUM_LOGPROBS]), captured)
 
-    def decode(
+    def read(
         leaves: tuple[Array, ...],
-        pool: KVPool,
         stack: HeadStack,
-        ints: Int[Array, "B 7"],
-        floats: Float[Array, "B 2"],
-        page_table: Int[Array, "B M"],
-    ) -> tuple[KVPool, Sampled]:
-        model = decoder(leaves)
-        tokens, positions = ints[:, TOKEN, None], ints[:, POSITION, None]
-        pool, hidden = _forward(model, pool, tokens, positions, page_table, scale)
-        hidden = hidden[:, 0]
-        return pool, _sample(model.logits(hidden), hidden, stack, ints, floats)
+        loras: LoraStack,
+        hidden: Float[Array, "B D"],
+        tokens: Int[Array, " B"],
+        slot: Int[Array, " 2"],
+        num_logprobs: Int[Array, " B"],
+    ) -> Read:
+        """All rows are of one sequence, with its head slot and its LoRA slot."""
+        base = decoder(leaves).logits(hidden[None], adapter_of(loras, slot[1:]))[0]
+        slots = jnp.broadcast_to(slot[0], tokens.shape)
+        logits = add_head_delta(base, hidden, sampling.argmax(base), slots, stack)
+        return Read(*_read(logits, tokens, num_logprobs))
 
     def capture(leaves: tuple[Array, ...], hidden: Float[Array, "B D"]) -> Captured:
         return _capture(decoder(leaves).logits(hidden), hidden)
 
     return Steps(
-        jax.jit(prefill, donate_argnums=1),
+        jax.jit(forward, donate_argnums=1),
         jax.jit(sample),
-        jax.jit(decode, donate_argnums=1),
+        jax.jit(read),
         jax.jit(capture),
+        jax.jit(copy_pages, donate_argnums=0),
     )
-
-
-def _forward(
-    model: Decoder, pool: KVPool, tokens: Array, positions: Array, page_table: Array, scale: float
-) -> tuple[KVPool, Array]:
-    """Append the new tokens' keys and values, attend over the pages, return final states."""
-    layers = list(pool)
-
-    def attend(layer: int, q: Array, k: Array, v: Array) -> Array:
-        keys, values = 2 * layer, 2 * layer + 1
-        layers[keys] = append(layers[keys], k, page_table, positions)
-        layers[values] = append(layers[values], v, page_table, positions)
-        return paged_attention(q, layers[keys], layers[values], page_table, positions, scale=scale)
-
-    hidden = model(tokens, jnp.maximum(positions, 0), attend)
-    return tuple(layers), hidden
 
 
 def _capture(logits: Float[Array, "B V"], hidden: Float[Array, "B D"]) -> Captured:
@@ -158,32 +169,17 @@ def _top_k(x: Float[Array, "B V"], size: int) -> tuple[Array, Array]:
     return best, ids
 
 
-def _sample(
-    base: Float[Array, "B V"],
-    hidden: Float[Array, "B D"],
-    stack: HeadStack,
-    ints: Int[Array, "B 7"],
-    floats: Float[Array, "B 2"],
-) -> Sampled:
-    captured = _capture(base, hidden)
-    logits = add_head_delta(base, hidden, captured.top_ids[:, 0], ints[:, SLOT], stack)
-    token = sampling.sample(
-        logits,
-        floats[:, TEMPERATURE],
-        ints[:, TOP_K],
-        floats[:, TOP_P],
-        ints[:, SEED],
-        ints[:, INDEX],
-    )
+def _read(logits: Array, tokens: Array, num_logprobs: Array) -> tuple[Array, Array, Array]:
+    """Log-probability of each row's token; the best tokens and theirs where any row asks."""
     total_B = jax.nn.logsumexp(logits, axis=1)
-    logprob = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - total_B
+    logprob = jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0] - total_B
     num_best = min(MAX_LOGPROBS, logits.shape[1])
     best, ids = jax.lax.cond(
-        jnp.any(ints[:, NUM_LOGPROBS] > 0),
+        jnp.any(num_logprobs > 0),
         lambda: _top_k(logits, num_best),
         lambda: (
             jnp.zeros((logits.shape[0], num_best), logits.dtype),
             jnp.zeros((logits.shape[0], num_best), jnp.int32),
         ),
     )
-    return Sampled(token, logprob, ids, best - total_B[:, None], captured)
+    return logprob, ids, best - total_B[:, None]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from engine.api import Capture
 
-Key = tuple[str, str]  # tenant, request_id
+Key = tuple[str, str, int]  # tenant, request_id, choice_index
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,26 +37,27 @@ class CaptureRing:
         """Bytes of the arrays held."""
         return self._num_bytes
 
-    def put(self, tenant: str, request_id: str, capture: Capture) -> None:
+    def put(self, tenant: str, request_id: str, choice_index: int, capture: Capture) -> None:
         """Keep an answer's states, at the cost of the oldest ones."""
         if capture.num_bytes > self._max_bytes:
             return
         with self._lock:
-            self._drop((tenant, request_id))
-            until_s = self._clock() + self._max_age_s
-            self._kept[tenant, request_id] = _Kept(capture, until_s)
+            key = (tenant, request_id, choice_index)
+            self._drop(key)
+            self._kept[key] = _Kept(capture, self._clock() + self._max_age_s)
             self._num_bytes += capture.num_bytes
             while self._num_bytes > self._max_bytes or self._is_expired(next(iter(self._kept))):
                 self._drop(next(iter(self._kept)))
 
-    def get(self, tenant: str, request_id: str) -> Capture | None:
+    def get(self, tenant: str, request_id: str, choice_index: int) -> Capture | None:
         """An answer's states, or None when they are gone."""
+        key = (tenant, request_id, choice_index)
         with self._lock:
-            kept = self._kept.get((tenant, request_id))
+            kept = self._kept.get(key)
             if kept is None:
                 return None
-            if self._is_expired((tenant, request_id)):
-                self._drop((tenant, request_id))
+            if self._is_expired(key):
+                self._drop(key)
                 return None
             return kept.capture
 

@@ -6,7 +6,8 @@ by the domain as soon as it has them.
 
 from dataclasses import dataclass
 
-from engine.api import SamplingParams
+from engine.api import Constraint, SamplingParams
+from engine.params import MAX_GRAMMAR_BYTES
 from sona.errors import InvalidField, ModelNotFound
 from sona.journal.records import Correction, Preference, Score, Verdict
 from sona.requests import (
@@ -33,6 +34,7 @@ class Limits:
     model_names: tuple[str, ...]  # names of the served model; the first is the preferred one
     max_model_len: int  # tokens of prompt plus answer
     vocab_size: int
+    max_choices: int = 16  # answers of one request
     max_correction_bytes: int = 65_536
 
 
@@ -123,8 +125,14 @@ def check_sampling(sampling: SamplingParams, limits: Limits) -> None:
         name, value, allowed = fault
         path = f"sampling.{name}"
         raise InvalidField(path, f"{path} is {value}; use {allowed}")
-    if len(sampling.stop) > MAX_STOPS or len(sampling.stop_token_ids) > MAX_STOPS:
-        raise InvalidField("sampling.stop", f"too many stops; use at most {MAX_STOPS} of a kind")
+    if sampling.n > limits.max_choices:
+        raise InvalidField(
+            "sampling.n",
+            f"sampling.n is {sampling.n}; this server has {limits.max_choices} answers under way "
+            "at most: ask for fewer, or raise engine.max_num_seqs",
+        )
+    if len(sampling.stop) > MAX_STOPS:
+        raise InvalidField("sampling.stop", f"too many stops; use at most {MAX_STOPS}")
     for stop in sampling.stop:
         if not 1 <= len(stop) <= MAX_STOP_LEN:
             raise InvalidField(
@@ -132,6 +140,15 @@ def check_sampling(sampling: SamplingParams, limits: Limits) -> None:
                 f"a stop text has {len(stop)} characters; use 1 to {MAX_STOP_LEN}",
             )
     check_token_ids("sampling.stop_token_ids", sampling.stop_token_ids, limits)
+    check_token_ids("sampling.logit_bias", tuple(sampling.logit_bias), limits)
+
+
+def check_constraint(constraint: Constraint) -> None:
+    """Refuse a form that is empty or too long to be compiled while others wait."""
+    num_bytes = len(constraint.text.encode())
+    if not 0 < num_bytes <= MAX_GRAMMAR_BYTES:
+        name = f"constraint.{constraint.kind}"
+        raise InvalidField(name, f"{name} has {num_bytes} bytes; use 1 to {MAX_GRAMMAR_BYTES}")
 
 
 def check_correction(correction: str, answer: str) -> None:

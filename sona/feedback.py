@@ -120,7 +120,7 @@ class FeedbackService:
         """The draft, and what can be learned from the answer's own states."""
         request, answer = self._request(call, principal)
         positions = None
-        capture = self.captures.get(principal.tenant, call.request_id)
+        capture = self.captures.get(principal.tenant, call.request_id, call.choice_index)
         if isinstance(call.signal, Correction):
             check_correction(call.signal.text, answer.text)
             corrected = corrected_ids(self.tokenizer, call.signal.text, answer.token_ids)
@@ -173,7 +173,7 @@ class FeedbackService:
         check_correction(call.signal.text, answer.text)
         corrected = corrected_ids(self.tokenizer, call.signal.text, answer.token_ids)
         self._check_fits(request, corrected)
-        capture = self.captures.get(principal.tenant, call.request_id)
+        capture = self.captures.get(principal.tenant, call.request_id, call.choice_index)
         preview = replace(preview, edits=(self._edit(capture, answer, corrected),))
         positions = None
         if capture is not None and live is not None and not why_not:

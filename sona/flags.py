@@ -26,6 +26,9 @@ FLAGS: tuple[Flag, ...] = (
     Flag("dtype", "engine.dtype", str, "auto, float32 or bfloat16, of weights and KV."),
     Flag("max-model-len", "engine.max_model_len", int, "Tokens of prompt plus answer."),
     Flag("max-num-seqs", "engine.max_num_seqs", int, "Requests decoded together."),
+    Flag("max-num-batched-tokens", "engine.max_num_batched_tokens", int, "Computed in one turn."),
     Flag("num-pages", "engine.num_pages", int, "KV pages; 0: derived from memory."),
+    Flag("max-loras", "engine.max_loras", int, "LoRA versions on the device; 0: none."),
+    Flag("max-lora-rank", "engine.max_lora_rank", int, "Largest rank of a LoRA, at most 64."),
     Flag("max-learned-slots", "engine.max_learned_slots", int, "Learned versions on the device."),
 )

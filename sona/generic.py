@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from adapters.errors import AdapterError
 from adapters.gate import GenericStats
-from engine.api import Capture, Generator
+from engine.api import Capture, Generator, Job
 from engine.text import Tokenizer
 
 Progress = Callable[[str, int, int], None]
@@ -71,9 +71,10 @@ async def _states(
     generator: Generator, request_id: str, ids: tuple[int, ...]
 ) -> tuple[np.ndarray, Capture]:
     """The prompt's mean hidden state, and the states at its own positions but the last."""
-    vector = await generator.embed(f"{request_id}/vector", ids)
-    scored = await generator.score(f"{request_id}/states", ids[:1], ids[1:])
-    return vector, scored.capture
+    embedded = await generator.embed(Job(request_id=f"{request_id}/vector", prompt_ids=ids))
+    begun = Job(request_id=f"{request_id}/states", prompt_ids=ids[:1])
+    scored = await generator.capture(begun, ids[1:])
+    return embedded.vector, scored.capture
 
 
 def _ids(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:

@@ -5,22 +5,22 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from adapters.errors import AdapterNotFound
 from adapters.store import AdapterStore, SlotKey
-from engine.api import Final, Generator, HeadChoice, HeadRef, Job, Token, Update
+from engine.api import Final, Generator, HeadChoice, HeadRef, Job, Update
 from engine.text import Tokenizer
+from sona.answers import Growing, reply, spans, spans_of
 from sona.auth import Principal
 from sona.captures import CaptureRing
 from sona.checks import MAX_DIGITS, Limits, check_model, check_prompt_len
 from sona.errors import Overloaded, RequestExists, ShuttingDown
-from sona.journal import AdapterSpan, Choice, Journal, RequestRecord
+from sona.journal import Choice, Journal, RequestRecord
 from sona.ports import ModelInfo
 from sona.requests import (
+    AdapterChoice,
     AdapterPin,
-    Answer,
-    CallTiming,
     ChatPrompt,
     Delta,
     EmbedCall,
@@ -28,6 +28,8 @@ from sona.requests import (
     GenerateCall,
     GenerateReply,
     Prompt,
+    ScoreCall,
+    ScoreReply,
     Started,
     TextPrompt,
     TokenPrompt,
@@ -77,28 +79,31 @@ class InferenceService:
             request_id=engine_id(principal.tenant, call.request_id),
             prompt_ids=prompt_ids,
             sampling=call.sampling,
-            choose_head=self._head_choice(call, principal),
+            choose_head=self._head_choice(call.adapter, principal),
+            constraint=call.constraint,
             capture=call.learn and self.keeps_captures,
+            tenant=principal.tenant,
+            priority=call.priority,
+            salt=(principal.tenant, call.cache_salt),
+            session=call.session_id or None,
+            deadline_s=call.deadline_s,
         )
         yield Started(request_id=call.request_id, num_prompt_tokens=len(prompt_ids))
-        tokens: list[Token] = []
+        answers = [Growing() for _ in range(call.sampling.n)]
         first_token_s = None
         async with aclosing(self._updates(job, principal)) as updates:
             async for update in updates:
                 if update.tokens and first_token_s is None:
                     first_token_s = time.monotonic() - started
-                tokens += update.tokens
+                answers[update.index].take(update)
                 if update.tokens or update.text:
-                    yield Delta(tokens=update.tokens, text=update.text)
-                if update.final is None:
-                    continue
-                if call.learn and update.final.token_ids:  # nothing was said: nothing to correct
-                    self._remember(call, principal, prompt_ids, update.final, arrived)
-                total_s = time.monotonic() - started
-                logprobs = tuple(tokens) if call.sampling.logprobs is not None else ()
-                reply = _reply(call.request_id, update.final, logprobs, total_s)
-                self.observe(reply, first_token_s)
-                yield reply
+                    yield Delta(choice_index=update.index, tokens=update.tokens, text=update.text)
+        finals = [answer.ended() for answer in answers]
+        if call.learn and finals[0].token_ids:  # nothing was said: nothing to correct
+            self._remember(call, principal, prompt_ids, finals, arrived)
+        whole = reply(call, answers, time.monotonic() - started)
+        self.observe(whole, first_token_s)
+        yield whole
 
     async def _updates(self, job: Job, principal: Principal) -> AsyncGenerator[Update, None]:
         """The engine's updates, with the request listed as running meanwhile."""
@@ -113,12 +118,44 @@ class InferenceService:
                 self.running.pop(job.request_id, None)
 
     async def embed(self, call: EmbedCall, principal: Principal) -> EmbedReply:
-        """The prompt's mean final hidden state under the base model."""
-        check_model(call.model, self.limits)
-        ids = self._prompt_ids(call.prompt)
+        """The prompt's vector under the base model, as gates and patterns compare it."""
+        job = self._side_job(call.prompt, call.model, call.deadline_s, principal)
+        embedded = await self.generator.embed(job)
+        usage = Usage(
+            num_prompt_tokens=len(job.prompt_ids),
+            num_cached_prompt_tokens=embedded.num_cached_tokens,
+        )
+        return EmbedReply(self.routing.generic.unit(embedded.vector), usage)
+
+    async def score(self, call: ScoreCall, principal: Principal) -> ScoreReply:
+        """Log-probabilities of the continuation under what answers this caller."""
+        job = self._side_job(call.prompt, call.model, call.deadline_s, principal)
+        job = replace(job, choose_head=self._head_choice(call.adapter, principal))
+        ids = tuple(self.tokenizer.encode_continuation(call.continuation))
+        scored = await self.generator.score(job, ids)
+        usage = Usage(
+            num_prompt_tokens=len(job.prompt_ids),
+            num_completion_tokens=len(ids),
+            num_cached_prompt_tokens=scored.num_cached_tokens,
+        )
+        return ScoreReply(
+            logprobs=scored.tokens, usage=usage, adapter_versions=spans(scored.head, len(ids))
+        )
+
+    def _side_job(
+        self, prompt: Prompt, model: str, deadline_s: float | None, principal: Principal
+    ) -> Job:
+        """A job that generates nothing."""
+        check_model(model, self.limits)
+        ids = self._prompt_ids(prompt)
         check_prompt_len(len(ids), self.limits)
-        vector = await self.generator.embed(engine_id(principal.tenant, new_id()), ids)
-        return EmbedReply(vector, len(ids))
+        return Job(
+            request_id=engine_id(principal.tenant, new_id()),
+            prompt_ids=ids,
+            tenant=principal.tenant,
+            salt=(principal.tenant, ""),
+            deadline_s=deadline_s,
+        )
 
     async def tokenize(self, prompt: Prompt) -> tuple[int, ...]:
         """The ids the model would see."""
@@ -149,11 +186,11 @@ class InferenceService:
             case TokenPrompt(ids):
                 return self.tokenizer.decode(ids)
 
-    def _head_choice(self, call: GenerateCall, principal: Principal) -> HeadChoice | None:
-        if call.adapter == "none":
+    def _head_choice(self, adapter: AdapterChoice, principal: Principal) -> HeadChoice | None:
+        if adapter == "none":
             return None
-        if isinstance(call.adapter, AdapterPin):
-            head = self._pinned(call.adapter, principal)
+        if isinstance(adapter, AdapterPin):
+            head = self._pinned(adapter, principal)
             return None if head is None else lambda _: head
         return self.routing.choose((principal.tenant, principal.name))
 
@@ -177,11 +214,11 @@ class InferenceService:
         call: GenerateCall,
         principal: Principal,
         prompt_ids: tuple[int, ...],
-        final: Final,
+        finals: list[Final],
         arrived: float,
     ) -> None:
-        """Journal the answer without waiting for the disk, and keep its states for feedback."""
-        vector = final.prompt_vector if final.prompt_vector.size else None
+        """Journal the answers without waiting for the disk, and keep their states for feedback."""
+        vector = finals[0].prompt_vector if finals[0].prompt_vector.size else None
         record = RequestRecord(
             tenant=principal.tenant,
             principal=principal.name,
@@ -192,16 +229,17 @@ class InferenceService:
             prompt_ids=prompt_ids,
             prompt_text=self._prompt_text(call.prompt),
             prompt_vector=vector,
-            choices=(Choice(text=final.text, token_ids=final.token_ids),),
-            adapter_versions=_spans(final),
+            choices=tuple(Choice(text=each.text, token_ids=each.token_ids) for each in finals),
+            adapter_versions=spans_of(finals),
         )
         try:
             self.journal.record_request(record)
         except (Overloaded, ShuttingDown) as error:  # the answer is made: it is not held back
             log.warning("request %s cannot take feedback: %s", call.request_id, error)
             return
-        if final.capture is not None:
-            self.captures.put(principal.tenant, call.request_id, final.capture)
+        for index, final in enumerate(finals):
+            if final.capture is not None:
+                self.captures.put(principal.tenant, call.request_id, index, final.capture)
 
 
 def own_slots(name: str, principal: Principal) -> tuple[SlotKey, ...]:
@@ -214,39 +252,4 @@ def own_slots(name: str, principal: Principal) -> tuple[SlotKey, ...]:
     return (
         SlotKey(scope="principal", owner=principal.name, **where),
         SlotKey(scope="tenant", owner="", **where),
-    )
-
-
-def _spans(final: Final) -> tuple[AdapterSpan, ...]:
-    if final.head is None or not final.num_completion_tokens:
-        return ()
-    return (AdapterSpan(final.head.name, final.head.version, 0, final.num_completion_tokens),)
-
-
-def _reply(
-    request_id: str, final: Final, logprobs: tuple[Token, ...], total_s: float
-) -> GenerateReply:
-    answer = Answer(
-        text=final.text,
-        token_ids=final.token_ids,
-        logprobs=logprobs,
-        finish_reason=final.finish_reason,
-        stop_match=final.stop_match,
-    )
-    timing = final.timing
-    return GenerateReply(
-        request_id=request_id,
-        answers=(answer,),
-        usage=Usage(
-            num_prompt_tokens=final.num_prompt_tokens,
-            num_completion_tokens=final.num_completion_tokens,
-        ),
-        timing=CallTiming(
-            queue_s=timing.queue_s,
-            prefill_s=timing.prefill_s,
-            decode_s=timing.decode_s,
-            total_s=total_s,
-        ),
-        adapter_versions=_spans(final),
-        pattern_ids=() if final.head is None else (int(final.head.slot_key[3]),),
     )

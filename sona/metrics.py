@@ -212,20 +212,23 @@ class _Collected:
 
 
 def _engine_families(stats: EngineStats) -> Iterator[Metric]:
-    used = stats.num_pages - stats.num_free_pages
+    used = stats.num_pages - stats.num_free_pages - stats.num_idle_pages
     for name, help_text, value in (
         ("sona_requests_running", "Requests in the batch.", stats.num_running),
         ("sona_requests_waiting", "Requests queued.", stats.num_waiting),
         ("sona_kv_pages", "Pages of the KV pool.", stats.num_pages),
         ("sona_kv_pages_free", "Of these, free.", stats.num_free_pages),
+        ("sona_kv_pages_idle", "Of these, cached prefixes nobody uses.", stats.num_idle_pages),
         ("sona_kv_cache_usage_ratio", "Share of pages in use.", used / max(1, stats.num_pages)),
         ("sona_resident_heads", "Learned versions on the device.", stats.num_resident_heads),
+        ("sona_resident_loras", "LoRA versions on the device.", stats.num_resident_loras),
     ):
         yield GaugeMetricFamily(name, help_text, value)
     for name, help_text, value in (
         ("sona_preemptions", "Requests preempted.", stats.num_preemptions),
         ("sona_recompiles", "Programs compiled after ready.", stats.num_recompiles),
         ("sona_prompt_tokens", "Prompt tokens computed.", stats.num_prompt_tokens),
+        ("sona_cached_prompt_tokens", "Prompt tokens found cached.", stats.num_cached_tokens),
         ("sona_generation_tokens", "Tokens generated.", stats.num_generated_tokens),
         ("sona_engine_steps", "Steps of the engine.", stats.num_steps),
         ("sona_engine_busy_seconds", "Engine thread time in steps.", stats.busy_s),

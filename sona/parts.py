@@ -58,6 +58,7 @@ def compose(
         model_names=(info.name,),
         max_model_len=plan.max_len,
         vocab_size=info.vocab_size,
+        max_choices=plan.max_num_seqs,
         max_correction_bytes=config.learning.max_correction_bytes,
     )
     table_limits = TableLimits(

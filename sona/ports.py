@@ -22,6 +22,8 @@ from sona.requests import (
     GenerateReply,
     Preview,
     Prompt,
+    ScoreCall,
+    ScoreReply,
     Started,
 )
 
@@ -52,7 +54,11 @@ class Inference(Protocol):
         ...
 
     async def embed(self, call: EmbedCall, principal: Principal) -> EmbedReply:
-        """The prompt's mean final hidden state under the base model."""
+        """The prompt's vector under the base model."""
+        ...
+
+    async def score(self, call: ScoreCall, principal: Principal) -> ScoreReply:
+        """How likely the continuation is."""
         ...
 
     async def tokenize(self, prompt: Prompt) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from engine.api import FinishReason, SamplingParams, Token
+from engine.api import Constraint, FinishReason, SamplingParams, Token
 from sona.journal.records import AdapterSpan, Signal
 
 
@@ -79,6 +79,11 @@ class GenerateCall:
     adapter: AdapterChoice = "own"
     learn: bool = True  # False: nothing of the request is kept
     request_id: str = field(default_factory=new_id)
+    constraint: Constraint | None = None  # form of the answer
+    priority: int = 0  # lower first, among the tenant's requests
+    session_id: str = ""  # a conversation whose prefix stays warm
+    cache_salt: str = ""  # cached prefixes are shared within the tenant, between equal salts
+    deadline_s: float | None = None  # on the clock of `time.monotonic`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,6 +144,7 @@ class GenerateReply:
     answers: tuple[Answer, ...]
     usage: Usage
     timing: CallTiming
+    prompt_logprobs: tuple[Token, ...] = ()  # of the prompt's tokens but the first, when asked for
     adapter_versions: tuple[AdapterSpan, ...] = ()  # every learned version that shaped a token
     pattern_ids: tuple[int, ...] = ()  # whose gate let the prompt in
 
@@ -149,14 +155,35 @@ class EmbedCall:
 
     prompt: Prompt
     model: str = ""
+    deadline_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EmbedReply:
-    """A prompt's mean final hidden state under the base model."""
+    """A prompt's vector."""
 
-    vector: np.ndarray  # [D] float32
-    num_prompt_tokens: int
+    vector: np.ndarray  # [D] float32, of length 1
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreCall:
+    """A prompt and a continuation to score."""
+
+    prompt: Prompt
+    continuation: str
+    model: str = ""
+    adapter: AdapterChoice = "own"
+    deadline_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreReply:
+    """How likely a continuation is."""
+
+    logprobs: tuple[Token, ...]
+    usage: Usage
+    adapter_versions: tuple[AdapterSpan, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

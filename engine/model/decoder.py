@@ -17,6 +17,13 @@ from engine.model.rope import inverse_frequencies, rotate
 
 Attend = Callable[[int, Array, Array, Array], Array]
 """(layer, q [B,T,N,H], k [B,T,K,H], v [B,T,K,H]) -> [B,T,N,H]; k and v are this call's tokens."""
+Adapt = Callable[[int, str, Array, Array], Array]
+"""(layer, module, x, y) -> y: a linear module's output, less or more what a LoRA adds to it."""
+
+
+def unadapted(_layer: int, _module: str, _x: Array, y: Array) -> Array:
+    """The base model."""
+    return y
 
 
 class RMSNorm(nnx.Module):
@@ -72,16 +79,17 @@ class Attention(nnx.Module):
         frequencies: Float[Array, " H2"],
         layer: int,
         attend: Attend,
+        adapt: Adapt,
     ) -> Float[Array, "B T D"]:
         split = (*x.shape[:2], -1, self.head_dim)
-        q = self.q_proj(x).reshape(split)
-        k = self.k_proj(x).reshape(split)
-        v = self.v_proj(x).reshape(split)
+        q = adapt(layer, "q_proj", x, self.q_proj(x)).reshape(split)
+        k = adapt(layer, "k_proj", x, self.k_proj(x)).reshape(split)
+        v = adapt(layer, "v_proj", x, self.v_proj(x)).reshape(split)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, positions, frequencies), rotate(k, positions, frequencies)
-        out = attend(layer, q, k, v)
-        return self.o_proj(out.reshape(*x.shape[:2], -1))
+        out = attend(layer, q, k, v).reshape(*x.shape[:2], -1)
+        return adapt(layer, "o_proj", out, self.o_proj(out))
 
 
 class MLP(nnx.Module):
@@ -93,8 +101,11 @@ class MLP(nnx.Module):
         self.up_proj = Linear(config.hidden_size, config.mlp_size, **kind)
         self.down_proj = Linear(config.mlp_size, config.hidden_size, **kind)
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+    def __call__(self, x: Float[Array, "B T D"], layer: int, adapt: Adapt) -> Float[Array, "B T D"]:
+        gate = adapt(layer, "gate_proj", x, self.gate_proj(x))
+        up = adapt(layer, "up_proj", x, self.up_proj(x))
+        inner = jax.nn.silu(gate) * up
+        return adapt(layer, "down_proj", inner, self.down_proj(inner))
 
 
 class Layer(nnx.Module):
@@ -129,7 +140,11 @@ class Decoder(nnx.Module):
             self.head = Linear(config.hidden_size, config.vocab_size, **kind)
 
     def __call__(
-        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], attend: Attend
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        attend: Attend,
+        adapt: Adapt = unadapted,
     ) -> Float[Array, "B T D"]:
         """Final hidden states, after the last norm: what the head reads.
 
@@ -139,15 +154,19 @@ class Decoder(nnx.Module):
         x = self.embedding[...][tokens]
         for index, layer in enumerate(self.layers):
             normed = layer.input_norm(x)
-            x = x + layer.attention(normed, positions, frequencies, index, attend)
-            x = x + layer.mlp(layer.mlp_norm(x))
+            x = x + layer.attention(normed, positions, frequencies, index, attend, adapt)
+            x = x + layer.mlp(layer.mlp_norm(x), index, adapt)
         return self.norm(x)
 
-    def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+    def logits(
+        self, hidden: Float[Array, "*batch D"], adapt: Adapt = unadapted
+    ) -> Float[Array, "*batch V"]:
         """Base logits in float32. Tied embeddings are read, never changed, by the head."""
         if self.head is not None:
-            return self.head(hidden).astype(jnp.float32)
-        return jnp.einsum("...d,vd->...v", hidden, self.embedding[...]).astype(jnp.float32)
+            out = self.head(hidden)
+        else:
+            out = jnp.einsum("...d,vd->...v", hidden, self.embedding[...])
+        return adapt(0, "lm_head", hidden, out).astype(jnp.float32)
 
 
 def causal_attend(_layer: int, q: Array, k: Array, v: Array) -> Array:

@@ -1,11 +1,6 @@
-"""Head slots on the device: which edited version sits where, and who is using it.
-
-Slot 0 is "no edit". A slot in use is never evicted; among idle ones the least recently used
-goes. A new version of the same pattern is another resident: requests keep what they started with.
-"""
+"""Head edits on the device, stacked by slot."""
 
 import functools
-from collections import OrderedDict
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +11,8 @@ from engine.api import HeadRef, HeadTable
 from engine.config import EnginePlan
 from engine.errors import ShapeError
 from engine.ops.head_delta import HeadStack
+from engine.slots.residency import Residency
 
-Resident = tuple[tuple[str, ...], int]  # slot key, version
 SlotArrays = dict[str, np.ndarray]  # one slot of a HeadStack, by field
 
 
@@ -29,15 +24,13 @@ class HeadSlots:
         self.stack = _empty_stack(plan, hidden_size, vocab_size)
         # A fresh function object: jit counts programs per function, not per jit.
         self._write = jax.jit(functools.partial(_write_slot), donate_argnums=0)
-        self._free = list(range(plan.num_head_slots - 1, 0, -1))
-        self._resident: OrderedDict[Resident, int] = OrderedDict()  # least recently used first
-        self._users: dict[Resident, int] = {}
+        self._residency = Residency(plan.num_head_slots)
         self.stack = self._write(self.stack, np.int32(0), self._pad(None))  # compiles the upload
 
     @property
     def num_resident(self) -> int:
         """Versions on the device."""
-        return len(self._resident)
+        return len(self._residency)
 
     def num_programs(self) -> int:
         """Compiled variants of the upload; growth after warm-up is a bug."""
@@ -49,32 +42,20 @@ class HeadSlots:
         Raises ShapeError when the table exceeds a slot; nothing has changed then.
         """
         key = (head.slot_key, head.version)
-        slot = self._resident.get(key)
+        slot = self._residency.find(key)
         if slot is None:
             check_fits(head.table, self._plan)
-            slot = self._vacate()
+            slot = self._residency.vacate()
             if slot is None:
                 return None
             self.stack = self._write(self.stack, np.int32(slot), self._pad(head.table))
-            self._resident[key] = slot
-        self._resident.move_to_end(key)
-        self._users[key] = self._users.get(key, 0) + 1
+            self._residency.settle(key, slot)
+        self._residency.use(key)
         return slot
 
     def release(self, head: HeadRef) -> None:
         """One user less. The version stays resident until its slot is needed."""
-        key = (head.slot_key, head.version)
-        self._users[key] -= 1
-        if not self._users[key]:
-            del self._users[key]
-
-    def _vacate(self) -> int | None:
-        if self._free:
-            return self._free.pop()
-        for key in self._resident:
-            if key not in self._users:
-                return self._resident.pop(key)
-        return None
+        self._residency.release((head.slot_key, head.version))
 
     def _pad(self, table: HeadTable | None) -> SlotArrays:
         """One slot's arrays at full size."""

@@ -29,11 +29,14 @@ class TextStream:
         """Everything visible so far."""
         return self._decoded[: self._num_shown]
 
-    def push(self, token_id: int) -> str:
-        """Add a token; returns the newly visible text. Sets `stop_match` when one is complete."""
+    def push(self, token_id: int, *, may_stop: bool = True) -> str:
+        """Add a token; returns the newly visible text. Sets `stop_match` when one is complete.
+
+        A stop string that is complete while it may not stop is text like any other.
+        """
         self._ids.append(token_id)
         piece = self._decoder.step(self._tokenizer.raw, token_id)
-        return self._grow(piece) if piece else ""
+        return self._grow(piece, self._stops if may_stop else ()) if piece else ""
 
     def flush(self) -> str:
         """End of the answer: show what was held back, unless a stop string cut it off."""
@@ -44,11 +47,11 @@ class TextStream:
             self._decoded = whole
         return self._show(len(self._decoded))
 
-    def _grow(self, piece: str) -> str:
+    def _grow(self, piece: str, stops: Sequence[str]) -> str:
         searched = len(self._decoded)
         self._decoded += piece
         hits = []
-        for stop in self._stops:
+        for stop in stops:
             at = self._decoded.find(stop, max(0, searched - len(stop) + 1))
             if at >= 0:
                 hits.append((at, -len(stop), stop))

@@ -54,7 +54,8 @@ class PriorArm:
         )
 
     async def _vector(self, prompt: str | list[dict[str, str]]) -> np.ndarray:
-        vector = await self._engine.embed(f"embed/{id(prompt)}", self._ids(prompt))
+        job = Job(request_id=f"embed/{id(prompt)}", prompt_ids=self._ids(prompt))
+        vector = (await self._engine.embed(job)).vector
         return vector / np.linalg.norm(vector)
 
     async def _answer(self, item: Item, table: HeadTable) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from adapters.base_rows import HeadRows
 from adapters.batch import Batch
 from adapters.metric import KeyMetric
-from engine.api import NUM_CAPTURED_LOGITS, Capture
+from engine.api import NUM_CAPTURED_LOGITS, Capture, Job
 from engine.client import EngineClient
 from engine.config import EngineConfig
 from sona.bench.tasks import F1_NAMES, Convention, Item
@@ -71,7 +71,7 @@ async def _lesson(warm: Warm, engine: EngineClient, name: str, item: Item, targe
     tokenizer = warm.tokenizer
     prompt = tuple(tokenizer.chat_ids([dict(message) for message in item.messages]))
     answer = (*tokenizer.encode_continuation(item.answer), min(tokenizer.eos_ids))
-    scored = await engine.score(name, prompt, answer)
+    scored = await engine.capture(Job(request_id=name, prompt_ids=prompt), answer)
     positions = captured_lesson(answer, corrected_ids(tokenizer, target, answer), scored.capture)
     assert positions is not None, f"{target!r} differs from {item.answer!r} nowhere"
     return as_batch(name, positions)

@@ -1,5 +1,6 @@
 """Requests made from plain Python values, and refusals read back. Shared by both clients."""
 
+import json
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -34,17 +35,48 @@ def generate_request(
     learn: bool | None = None,
     request_id: str = "",
     model: str = "",
+    priority: int | None = None,
+    session_id: str = "",
+    cache_salt: str = "",
+    json_schema: str | Mapping[str, Any] | None = None,
+    regex: str | None = None,
+    grammar: str | None = None,
+    choice: Sequence[str] | None = None,
     **sampling: Any,
 ) -> inference_pb2.GenerateRequest:
-    """A GenerateRequest; `sampling` takes the fields of SamplingParams by name."""
+    """A GenerateRequest; `sampling` takes the fields of SamplingParams by name.
+
+    At most one of `json_schema` (a text or a dict), `regex`, `grammar` (Lark) and `choice` (the
+    allowed answers) sets the form of the answer. Raises ValueError for more.
+    """
     return inference_pb2.GenerateRequest(
         model=model,
         sampling=inference_pb2.SamplingParams(**sampling),
+        constraint=_constraint(json_schema, regex, grammar, choice),
         adapter=adapter,
         learn=learn,
         request_id=request_id,
+        priority=priority,
+        session_id=session_id,
+        cache_salt=cache_salt,
         **prompt_fields(prompt),
     )
+
+
+def _constraint(
+    json_schema: str | Mapping[str, Any] | None,
+    regex: str | None,
+    grammar: str | None,
+    choice: Sequence[str] | None,
+) -> inference_pb2.Constraint | None:
+    if isinstance(json_schema, Mapping):
+        json_schema = json.dumps(json_schema)
+    choices = None if choice is None else inference_pb2.ChoiceList(choices=choice)
+    forms = {"json_schema": json_schema, "regex": regex, "grammar": grammar, "choice": choices}
+    given = {name: form for name, form in forms.items() if form is not None}
+    if len(given) > 1:
+        raise ValueError(f"{', '.join(given)} are given; an answer has one form")
+    return inference_pb2.Constraint(**given) if given else None  # pyright: ignore
 
 
 def feedback_request(

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 from adapters.errors import AdapterError, IncompatibleAdapter, StoreUnwritable
 from adapters.store import SlotKey
-from engine.api import Generator, ScoreResult
+from engine.api import CaptureResult, Generator, Job
 from engine.errors import EngineStopped, InvalidJob
 from sona.errors import DiskFull, Overloaded, ShuttingDown
 from sona.journal import FeedbackRecord, Journal
@@ -53,7 +53,7 @@ class _Scored:
     """A teacher-forced pass has ended."""
 
     record: FeedbackRecord
-    result: ScoreResult | BaseException
+    result: CaptureResult | BaseException
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +240,8 @@ class InstantLoop:
         """Teacher-force the right answer in the engine's slack."""
         record, name = asked.record, f"learn/{asked.record.seq}"
         try:
-            result = await self._generator.score(name, record.prompt_ids, asked.targets)
+            job = Job(request_id=name, prompt_ids=record.prompt_ids, salt=(record.tenant, ""))
+            result = await self._generator.capture(job, asked.targets)
         except Exception as error:  # handed over: the learner thread decides
             self._inbox.put(_Scored(record, error))
         else:

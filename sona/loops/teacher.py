@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from adapters.errors import AdapterError, AdapterNotFound, CandidateRejected, StoreUnwritable
 from adapters.store import SlotKey, Version, VersionInfo
-from engine.api import ScoreResult
+from engine.api import CaptureResult
 from sona.errors import FeedbackNotFound
 from sona.events import EventBus
 from sona.journal import (
@@ -94,7 +94,7 @@ class Teacher:
             self._publish(held, record)
         return None if ends else targets
 
-    def second_lesson(self, seq: int, result: ScoreResult) -> None:
+    def second_lesson(self, seq: int, result: CaptureResult) -> None:
         """Learn the positions that a teacher-forced pass made known. Raises as `first_lesson`."""
         record = self._journal.feedback_by_seq([seq])[0]
         if self._is_undone(record):

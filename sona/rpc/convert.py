@@ -8,7 +8,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from engine.api import FinishReason, Token
 from sona.journal.records import AdapterSpan
 from sona.ports import ModelInfo
-from sona.requests import Answer, CallTiming, Delta, GenerateReply, Started, Usage
+from sona.requests import Answer, CallTiming, Delta, GenerateReply, ScoreReply, Started, Usage
 from sona.v1 import common_pb2, inference_pb2
 
 _FINISH = {
@@ -54,6 +54,15 @@ def reply(done: GenerateReply) -> inference_pb2.GenerateResponse:
         timing=_timing(done.timing),
         adapter_versions=adapter_versions(done.adapter_versions),
         pattern_ids=done.pattern_ids,
+        prompt_logprobs=_logprobs(done.prompt_logprobs),
+    )
+
+
+def score(done: ScoreReply) -> inference_pb2.ScoreResponse:
+    return inference_pb2.ScoreResponse(
+        logprobs=_logprobs(done.logprobs),
+        usage=usage(done.usage),
+        adapter_versions=adapter_versions(done.adapter_versions),
     )
 
 

@@ -8,9 +8,9 @@ from sona.auth import current_principal
 from sona.checks import Limits
 from sona.errors import InvalidField
 from sona.ports import Inference
-from sona.requests import Delta, GenerateReply, Started, Usage
+from sona.requests import Delta, GenerateReply, Started
 from sona.rpc import convert, parse
-from sona.rpc.status import Context, not_built, streaming, unary
+from sona.rpc.status import Context, deadline_of, streaming, unary
 from sona.v1 import inference_pb2
 from sona.v1.inference_pb2_grpc import InferenceServiceServicer
 
@@ -28,7 +28,7 @@ class InferenceService(InferenceServiceServicer):
     ) -> inference_pb2.GenerateResponse:
         """The whole answer. However the call ends, the engine job ends with it."""
         principal = current_principal()
-        call = parse.generate_call(request, self._limits)
+        call = parse.generate_call(request, self._limits, deadline_of(context))
         reply: GenerateReply | None = None
         async with aclosing(self._inference.generate(call, principal)) as events:
             async for event in events:
@@ -43,7 +43,7 @@ class InferenceService(InferenceServiceServicer):
     ) -> AsyncGenerator[inference_pb2.GenerateStreamResponse, None]:
         """Tokens as they come. However the stream ends, the engine job ends with it."""
         principal = current_principal()
-        call = parse.generate_call(request.request, self._limits)
+        call = parse.generate_call(request.request, self._limits, deadline_of(context))
         async with aclosing(self._inference.generate(call, principal)) as events:
             async for event in events:
                 yield _event(event)
@@ -54,12 +54,20 @@ class InferenceService(InferenceServiceServicer):
     ) -> inference_pb2.EmbedResponse:
         """The prompt's vector."""
         principal = current_principal()
-        call = parse.embed_call(request, self._limits)
+        call = parse.embed_call(request, self._limits, deadline_of(context))
         reply = await self._inference.embed(call, principal)
         return inference_pb2.EmbedResponse(
-            embedding=reply.vector.tolist(),
-            usage=convert.usage(Usage(num_prompt_tokens=reply.num_prompt_tokens)),
+            embedding=reply.vector.tolist(), usage=convert.usage(reply.usage)
         )
+
+    @unary
+    async def Score(
+        self, request: inference_pb2.ScoreRequest, context: Context
+    ) -> inference_pb2.ScoreResponse:
+        """How likely a continuation is."""
+        principal = current_principal()
+        call = parse.score_call(request, self._limits, deadline_of(context))
+        return convert.score(await self._inference.score(call, principal))
 
     @unary
     async def Tokenize(
@@ -96,8 +104,6 @@ class InferenceService(InferenceServiceServicer):
         return inference_pb2.ListModelsResponse(
             models=[convert.model(info) for info in self._inference.models()]
         )
-
-    Score = not_built("Score")
 
 
 def _event(event: Started | Delta | GenerateReply) -> inference_pb2.GenerateStreamResponse:

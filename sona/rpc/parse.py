@@ -1,11 +1,12 @@
 """From the wire to calls: parse, refuse what is not built by name, check."""
 
+import json
 from collections.abc import Iterable
 from typing import Protocol, cast
 
 from google.protobuf.message import Message
 
-from engine.api import SamplingParams
+from engine.api import Constraint, SamplingParams
 from sona import checks
 from sona.checks import Limits
 from sona.errors import InvalidField, NotBuilt
@@ -17,6 +18,7 @@ from sona.requests import (
     FeedbackCall,
     GenerateCall,
     Prompt,
+    ScoreCall,
     TextPrompt,
     TokenPrompt,
     new_id,
@@ -24,17 +26,13 @@ from sona.requests import (
 from sona.v1 import feedback_pb2, inference_pb2
 
 # Set to anything, they ask for what this version does not do.
-_UNBUILT_REQUEST = ("constraint", "session_id", "cache_salt", "metadata")
-# The same, but for one value that asks for nothing.
-_UNBUILT_SAMPLING: dict[str, float | None] = {
-    "min_p": 0.0,
-    "repetition_penalty": 1.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-    "min_tokens": 0,
-    "logit_bias": None,
-    "prompt_logprobs": None,
-}
+_UNBUILT_REQUEST = ("metadata",)
+# Fields of SamplingParams that mean the same here and in the engine.
+_SAMPLING = (
+    "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
+    "frequency_penalty", "seed", "n", "min_tokens", "max_tokens", "ignore_eos", "logprobs",
+    "prompt_logprobs",
+)  # fmt: skip
 
 
 class _Input(Protocol):
@@ -48,7 +46,9 @@ class _Input(Protocol):
     def token_ids(self) -> inference_pb2.TokenIds: ...
 
 
-def generate_call(request: inference_pb2.GenerateRequest, limits: Limits) -> GenerateCall:
+def generate_call(
+    request: inference_pb2.GenerateRequest, limits: Limits, deadline_s: float | None
+) -> GenerateCall:
     """Raises InvalidField, ModelNotFound, NotBuilt."""
     set_fields = _set_fields(request)
     for name in _UNBUILT_REQUEST:
@@ -56,10 +56,9 @@ def generate_call(request: inference_pb2.GenerateRequest, limits: Limits) -> Gen
             raise NotBuilt(f"{name} is not built yet in this version; leave it out")
     if request.use_patterns:
         raise NotBuilt("use_patterns is not built yet in this version; leave it out or false")
-    if request.priority:
-        raise NotBuilt("priority is not built yet in this version; leave it out or 0")
-    if request.request_id:
-        checks.check_id("request_id", request.request_id)
+    for name in ("request_id", "session_id", "cache_salt"):
+        if getattr(request, name):
+            checks.check_id(name, getattr(request, name))
     call = GenerateCall(
         prompt=prompt(request),
         model=request.model,
@@ -67,6 +66,11 @@ def generate_call(request: inference_pb2.GenerateRequest, limits: Limits) -> Gen
         adapter=checks.parse_adapter(request.adapter),
         learn=request.learn if request.HasField("learn") else True,
         request_id=request.request_id or new_id(),
+        constraint=_constraint(request) if "constraint" in set_fields else None,
+        priority=request.priority,
+        session_id=request.session_id,
+        cache_salt=request.cache_salt,
+        deadline_s=deadline_s,
     )
     checks.check_model(call.model, limits)
     checks.check_prompt(call.prompt, limits)
@@ -75,39 +79,59 @@ def generate_call(request: inference_pb2.GenerateRequest, limits: Limits) -> Gen
 
 
 def sampling(params: inference_pb2.SamplingParams) -> SamplingParams:
-    """Raises NotBuilt. What is not set keeps the engine's default."""
+    """What is not set keeps the engine's default."""
     set_fields = _set_fields(params)
-    for name, neutral in _UNBUILT_SAMPLING.items():
-        if name in set_fields and getattr(params, name) != neutral:
-            raise NotBuilt(f"sampling.{name} is not built yet in this version; leave it out")
-    if params.HasField("n") and params.n != 1:
-        if params.n == 0:
-            raise InvalidField("sampling.n", "sampling.n is 0; use 1")
-        raise NotBuilt("sampling.n above 1 is not built yet in this version; send the call again")
-    chosen = {
-        name: getattr(params, name)
-        for name in (
-            "temperature",
-            "top_k",
-            "top_p",
-            "seed",
-            "max_tokens",
-            "ignore_eos",
-            "logprobs",
-        )
-        if name in set_fields
-    }
+    chosen = {name: getattr(params, name) for name in _SAMPLING if name in set_fields}
     return SamplingParams(
-        **chosen, stop=tuple(params.stop), stop_token_ids=tuple(params.stop_token_ids)
+        **chosen,
+        logit_bias=dict(params.logit_bias),
+        stop=tuple(params.stop),
+        stop_token_ids=tuple(params.stop_token_ids),
     )
 
 
-def embed_call(request: inference_pb2.EmbedRequest, limits: Limits) -> EmbedCall:
+def embed_call(
+    request: inference_pb2.EmbedRequest, limits: Limits, deadline_s: float | None
+) -> EmbedCall:
     """Raises InvalidField, ModelNotFound."""
-    call = EmbedCall(prompt=prompt(request), model=request.model)
+    call = EmbedCall(prompt=prompt(request), model=request.model, deadline_s=deadline_s)
     checks.check_model(call.model, limits)
     checks.check_prompt(call.prompt, limits)
     return call
+
+
+def score_call(
+    request: inference_pb2.ScoreRequest, limits: Limits, deadline_s: float | None
+) -> ScoreCall:
+    """Raises InvalidField, ModelNotFound."""
+    call = ScoreCall(
+        prompt=prompt(request),
+        continuation=request.continuation,
+        model=request.model,
+        adapter=checks.parse_adapter(request.adapter),
+        deadline_s=deadline_s,
+    )
+    checks.check_model(call.model, limits)
+    checks.check_prompt(call.prompt, limits)
+    if not call.continuation:
+        raise InvalidField("continuation", "there is nothing to score; send some text")
+    return call
+
+
+def _constraint(request: inference_pb2.GenerateRequest) -> Constraint:
+    asked = request.constraint
+    kind = asked.WhichOneof("kind")
+    if kind is None:
+        raise InvalidField("constraint", "no form is set; use json_schema, regex, grammar, choice")
+    if kind != "choice":
+        constraint = Constraint(kind, getattr(asked, kind))
+    else:
+        choices = list(asked.choice.choices)
+        if not choices or not all(choices):
+            raise InvalidField("constraint.choice", "send texts of one character or more")
+        constraint = Constraint("choice", json.dumps(choices, ensure_ascii=False))
+    checks.check_constraint(constraint)
+    return constraint
 
 
 def prompt(request: Message) -> Prompt:

@@ -7,6 +7,7 @@ logged once with its traceback and told as "internal error".
 import functools
 import logging
 import re
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any, NoReturn, TypeVar, cast
@@ -52,6 +53,7 @@ STATUS: dict[type[Exception], grpc.StatusCode] = {
     sona_errors.SonaError: _Code.INTERNAL,
     # adapters
     adapter_errors.AdapterNotFound: _Code.NOT_FOUND,
+    adapter_errors.InvalidAdapter: _Code.INVALID_ARGUMENT,
     adapter_errors.IncompatibleAdapter: _Code.FAILED_PRECONDITION,
     adapter_errors.StaleCandidate: _Code.ABORTED,
     adapter_errors.CandidateRejected: _Code.FAILED_PRECONDITION,
@@ -62,6 +64,7 @@ STATUS: dict[type[Exception], grpc.StatusCode] = {
     engine_errors.InvalidJob: _Code.INVALID_ARGUMENT,
     engine_errors.DuplicateJob: _Code.ALREADY_EXISTS,
     engine_errors.QueueFull: _Code.RESOURCE_EXHAUSTED,
+    engine_errors.DeadlinePassed: _Code.DEADLINE_EXCEEDED,
     engine_errors.OutOfPages: _Code.RESOURCE_EXHAUSTED,
     engine_errors.EngineStopped: _Code.UNAVAILABLE,
     engine_errors.WeightsError: _Code.FAILED_PRECONDITION,
@@ -71,11 +74,10 @@ STATUS: dict[type[Exception], grpc.StatusCode] = {
     engine_errors.EngineError: _Code.INTERNAL,
 }
 
-# Seconds after which trying again may help. OutOfPages is missing on purpose: the job would not
-# fit alone either.
-RETRY_S: dict[type[Exception], int] = {
+# Seconds after which trying again may help; a full queue knows better. OutOfPages is missing on
+# purpose: the job would not fit alone either.
+RETRY_S: dict[type[Exception], float] = {
     sona_errors.Overloaded: 1,
-    engine_errors.QueueFull: 1,
     sona_errors.ShuttingDown: 5,
     sona_errors.NotReady: 5,
     sona_errors.DiskFull: 30,
@@ -127,9 +129,11 @@ def details_of(error: Exception) -> list[message.Message]:
             field=error.field, description=public_message(error)
         )
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
-    retry_s = _lookup(RETRY_S, error)
+    is_estimated = isinstance(error, engine_errors.QueueFull)
+    retry_s = error.retry_s if is_estimated else _lookup(RETRY_S, error)
     if retry_s is not None:
-        delay = duration_pb2.Duration(seconds=retry_s)
+        delay = duration_pb2.Duration()
+        delay.FromMilliseconds(round(retry_s * 1e3))
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
     resource = _lookup(_RESOURCE, error)
     if resource is not None:
@@ -151,6 +155,12 @@ async def refuse(context: Context, error: Exception) -> NoReturn:
         status.details.append(packed)
     trailer = (("grpc-status-details-bin", status.SerializeToString()),)
     await context.abort(code, status.message, trailer)
+
+
+def deadline_of(context: Context) -> float | None:
+    """When the caller gives up, on the clock of `time.monotonic`; None: never."""
+    remaining_s = context.time_remaining()
+    return None if remaining_s is None else time.monotonic() + remaining_s
 
 
 def log_if_ours(error: Exception, method: str) -> None:

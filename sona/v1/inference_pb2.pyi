@@ -177,19 +177,19 @@ class SamplingParams(_message.Message):
     top_p: _builtins.float
     """Draw from the likeliest tokens that hold this probability, in (0, 1]; default 1."""
     min_p: _builtins.float
-    """Draw from tokens at least this likely, relative to the likeliest. Not built yet."""
+    """Draw from tokens at least this likely, relative to the likeliest; default 0."""
     repetition_penalty: _builtins.float
-    """Divides the logits of tokens seen in prompt and answer. Not built yet."""
+    """Divides positive logits of tokens seen in prompt or answer, multiplies negative; default 1."""
     presence_penalty: _builtins.float
-    """Subtracted from the logits of tokens the answer has. Not built yet."""
+    """Subtracted from the logits of tokens the answer has; -2 to 2, default 0."""
     frequency_penalty: _builtins.float
-    """The same, times how often the answer has them. Not built yet."""
+    """The same, times how often the answer has them; -2 to 2, default 0."""
     seed: _builtins.int
-    """Makes a draw repeatable; without it the server draws one."""
+    """Makes a draw repeatable; without it the server draws one. Answer i is drawn with seed + i."""
     n: _builtins.int
-    """Answers to draw; more than 1 is not built yet."""
+    """Answers to draw, at most as many as the server has under way at once; default 1."""
     min_tokens: _builtins.int
-    """Tokens before an end is allowed. Not built yet."""
+    """Tokens before an end is allowed, at most max_tokens; default 0."""
     max_tokens: _builtins.int
     """Tokens of the answer at most; at least 1, default 256."""
     ignore_eos: _builtins.bool
@@ -197,10 +197,10 @@ class SamplingParams(_message.Message):
     logprobs: _builtins.int
     """Report each token's log-probability and this many of the likeliest tokens', at most 20."""
     prompt_logprobs: _builtins.int
-    """The same for the prompt. Not built yet."""
+    """The same for each token of the prompt but the first."""
     @_builtins.property
     def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
-        """Added to the logits of single tokens. Not built yet."""
+        """Added to the logits of single tokens: up to 300, each -100 to 100."""
 
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -320,7 +320,7 @@ Global___ChoiceList: _TypeAlias = ChoiceList  # noqa: Y015
 
 @_typing.final
 class Constraint(_message.Message):
-    """A form the answer must have. Not built yet."""
+    """A form the answer must have. Tokens that would break it are never drawn."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -333,7 +333,7 @@ class Constraint(_message.Message):
     regex: _builtins.str
     """A regular expression."""
     grammar: _builtins.str
-    """A context-free grammar."""
+    """A context-free grammar in Lark's notation, with a rule `start`."""
     @_builtins.property
     def choice(self) -> Global___ChoiceList:
         """One of these texts."""
@@ -409,11 +409,11 @@ class GenerateRequest(_message.Message):
     request_id: _builtins.str
     """Chosen by the client, unique per tenant within retention; empty: the server makes one."""
     priority: _builtins.int
-    """Lower runs first. Other than 0 is not built yet."""
+    """Lower runs first, among the requests of one tenant; default 0."""
     session_id: _builtins.str
-    """Binds requests of one conversation. Not built yet."""
+    """Names a conversation: what it has said so far stays cached for a while."""
     cache_salt: _builtins.str
-    """Separates cached prefixes. Not built yet."""
+    """Cached prefixes are shared within the tenant, between requests of equal salt."""
     @_builtins.property
     def messages(self) -> Global___Messages:
         """A conversation."""
@@ -428,7 +428,7 @@ class GenerateRequest(_message.Message):
 
     @_builtins.property
     def constraint(self) -> Global___Constraint:
-        """The form of the answer. Not built yet."""
+        """The form of the answer."""
 
     @_builtins.property
     def metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
@@ -487,6 +487,7 @@ class GenerateResponse(_message.Message):
     TIMING_FIELD_NUMBER: _builtins.int
     ADAPTER_VERSIONS_FIELD_NUMBER: _builtins.int
     PATTERN_IDS_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Names this request in feedback."""
     @_builtins.property
@@ -509,6 +510,10 @@ class GenerateResponse(_message.Message):
     def pattern_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Patterns whose gate let the prompt in."""
 
+    @_builtins.property
+    def prompt_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
+        """One per token of the prompt but the first, when asked for."""
+
     def __init__(
         self,
         *,
@@ -518,10 +523,11 @@ class GenerateResponse(_message.Message):
         timing: Global___Timing | None = ...,
         adapter_versions: _abc.Iterable[_common_pb2.AdapterVersion] | None = ...,
         pattern_ids: _abc.Iterable[_builtins.int] | None = ...,
+        prompt_logprobs: _abc.Iterable[Global___TokenLogprob] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["timing", b"timing", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_versions", b"adapter_versions", "choices", b"choices", "pattern_ids", b"pattern_ids", "request_id", b"request_id", "timing", b"timing", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_versions", b"adapter_versions", "choices", b"choices", "pattern_ids", b"pattern_ids", "prompt_logprobs", b"prompt_logprobs", "request_id", b"request_id", "timing", b"timing", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -895,7 +901,7 @@ class EmbedResponse(_message.Message):
     USAGE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def embedding(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """Mean final hidden state, neither centred nor normalised."""
+        """Mean final hidden state, less the mean of generic prompts, scaled to length 1."""
 
     @_builtins.property
     def usage(self) -> Global___Usage:
@@ -971,23 +977,29 @@ class ScoreResponse(_message.Message):
 
     LOGPROBS_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
+    ADAPTER_VERSIONS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
         """One per token of the continuation."""
 
     @_builtins.property
     def usage(self) -> Global___Usage:
-        """Tokens counted."""
+        """Tokens counted; the continuation's are completion tokens."""
+
+    @_builtins.property
+    def adapter_versions(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.AdapterVersion]:
+        """Every learned version that shaped the figures."""
 
     def __init__(
         self,
         *,
         logprobs: _abc.Iterable[Global___TokenLogprob] | None = ...,
         usage: Global___Usage | None = ...,
+        adapter_versions: _abc.Iterable[_common_pb2.AdapterVersion] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_versions", b"adapter_versions", "logprobs", b"logprobs", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -91,14 +91,14 @@ class InferenceServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Embed(self, request, context):
-        """The mean final hidden state of a prompt under the base model.
+        """A prompt's vector: its mean final hidden state under the base model, centred, of length 1.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Score(self, request, context):
-        """Log-probabilities of a given continuation. Not built yet: UNIMPLEMENTED.
+        """Log-probabilities of a given continuation; nothing is generated.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

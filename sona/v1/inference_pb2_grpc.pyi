@@ -38,9 +38,9 @@ class InferenceServiceStub:
     GenerateStream: _grpc.UnaryStreamMultiCallable[_inference_pb2.GenerateStreamRequest, _inference_pb2.GenerateStreamResponse]
     """Answers a prompt token by token. Cancelling the call frees what it held."""
     Embed: _grpc.UnaryUnaryMultiCallable[_inference_pb2.EmbedRequest, _inference_pb2.EmbedResponse]
-    """The mean final hidden state of a prompt under the base model."""
+    """A prompt's vector: its mean final hidden state under the base model, centred, of length 1."""
     Score: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ScoreRequest, _inference_pb2.ScoreResponse]
-    """Log-probabilities of a given continuation. Not built yet: UNIMPLEMENTED."""
+    """Log-probabilities of a given continuation; nothing is generated."""
     Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]
     """Text or messages to the token ids the model would see."""
     Detokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]
@@ -58,9 +58,9 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     GenerateStream: _aio.UnaryStreamMultiCallable[_inference_pb2.GenerateStreamRequest, _inference_pb2.GenerateStreamResponse]  # type: ignore[assignment]
     """Answers a prompt token by token. Cancelling the call frees what it held."""
     Embed: _aio.UnaryUnaryMultiCallable[_inference_pb2.EmbedRequest, _inference_pb2.EmbedResponse]  # type: ignore[assignment]
-    """The mean final hidden state of a prompt under the base model."""
+    """A prompt's vector: its mean final hidden state under the base model, centred, of length 1."""
     Score: _aio.UnaryUnaryMultiCallable[_inference_pb2.ScoreRequest, _inference_pb2.ScoreResponse]  # type: ignore[assignment]
-    """Log-probabilities of a given continuation. Not built yet: UNIMPLEMENTED."""
+    """Log-probabilities of a given continuation; nothing is generated."""
     Tokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Text or messages to the token ids the model would see."""
     Detokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]  # type: ignore[assignment]
@@ -93,7 +93,7 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.EmbedRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.EmbedResponse, _abc.Awaitable[_inference_pb2.EmbedResponse]]:
-        """The mean final hidden state of a prompt under the base model."""
+        """A prompt's vector: its mean final hidden state under the base model, centred, of length 1."""
 
     @_abc_1.abstractmethod
     def Score(
@@ -101,7 +101,7 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.ScoreRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.ScoreResponse, _abc.Awaitable[_inference_pb2.ScoreResponse]]:
-        """Log-probabilities of a given continuation. Not built yet: UNIMPLEMENTED."""
+        """Log-probabilities of a given continuation; nothing is generated."""
 
     @_abc_1.abstractmethod
     def Tokenize(

@@ -162,11 +162,11 @@ async def test_unbuilt_methods_and_fields_name_themselves(server, ann):
     from sona.v1 import inference_pb2_grpc
 
     inference: Any = inference_pb2_grpc.InferenceServiceStub(channel)
-    request = inference_pb2.GenerateRequest(text="a", session_id="s")
+    request = inference_pb2.GenerateRequest(text="a", use_patterns=True)
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await inference.Generate(request, metadata=metadata)
     assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
-    assert "session_id" in str(refused.value.details())
+    assert "use_patterns" in str(refused.value.details())
     await channel.close(None)
 
 

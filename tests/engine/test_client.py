@@ -63,14 +63,14 @@ async def test_greedy_tokens_captures_and_vector_match_the_reference(checkpoint)
 @pytest.mark.parametrize("deterministic", [False, True])
 async def test_together_and_preempted_equals_alone(checkpoint, deterministic):
     lengths = [3, 70, 129, 40, 200, 65, 16, 5, 90]
-    jobs = [(f"r{i}", prompt(i, n), 40 + 5 * i) for i, n in enumerate(lengths)]
+    jobs = [(f"r{i}", prompt(i, n), 120 + 10 * i) for i, n in enumerate(lengths)]
     async with running_engine(checkpoint[0], num_pages=34, deterministic=deterministic) as engine:
         alone = [await final(engine, greedy(*job)) for job in jobs]
         assert engine.stats().num_preemptions == 0
         together = await asyncio.gather(*(final(engine, greedy(*job)) for job in jobs))
         stats = engine.stats()
     assert stats.num_preemptions > 0
-    assert stats.num_free_pages == stats.num_pages
+    assert stats.num_free_pages + stats.num_idle_pages == stats.num_pages
     assert stats.num_recompiles == 0
     for one, other in zip(alone, together, strict=True):
         assert one.token_ids == other.token_ids
@@ -103,9 +103,11 @@ async def test_closing_the_stream_frees_its_pages_at_once(checkpoint):
         before = engine.stats()
         assert before.num_free_pages < before.num_pages
         await stream.aclose()
-        await engine.embed("fence", (1,))  # runs after the cancel was taken
+        await engine.embed(
+            Job(request_id="fence", prompt_ids=(1,))
+        )  # runs after the cancel was taken
         after = engine.stats()
-        assert after.num_free_pages == after.num_pages
+        assert after.num_free_pages + after.num_idle_pages == after.num_pages
         assert (
             after.num_steps - before.num_steps <= 3
         )  # one decode, the fence's prefill, at most one more
@@ -211,11 +213,12 @@ async def test_logprobs_are_of_the_adapted_distribution(checkpoint):
     assert plain.token_ids == (base,)
 
 
-async def test_score_agrees_with_generation(checkpoint):
+async def test_a_teacher_forced_pass_agrees_with_generation(checkpoint):
     async with running_engine(checkpoint[0]) as engine:
         ids = prompt(6, 37)
         answer = await final(engine, greedy("a", ids, 50))
-        scored = await engine.score("s", tuple(ids), answer.token_ids)
+        job = Job(request_id="s", prompt_ids=tuple(ids))
+        scored = await engine.capture(job, answer.token_ids)
         assert answer.capture is not None
         np.testing.assert_array_equal(scored.capture.top_ids[:, 0], answer.capture.top_ids[:, 0])
         np.testing.assert_allclose(
@@ -223,10 +226,11 @@ async def test_score_agrees_with_generation(checkpoint):
         )
         np.testing.assert_allclose(scored.prompt_vector, answer.prompt_vector, atol=1e-4)
         stats = engine.stats()
-        assert stats.num_free_pages == stats.num_pages
+        assert stats.num_free_pages + stats.num_idle_pages == stats.num_pages
 
 
-async def test_a_score_waits_for_users_and_loses_its_pages_first(checkpoint):
+async def test_a_teacher_forced_pass_waits_for_users_and_loses_its_pages_first(checkpoint):
+    forced = Job(request_id="s", prompt_ids=tuple(prompt(9, 300)))
     async with running_engine(checkpoint[0], num_pages=33) as engine:
         order = []
 
@@ -236,12 +240,12 @@ async def test_a_score_waits_for_users_and_loses_its_pages_first(checkpoint):
             return result
 
         async def learner():
-            result = await engine.score("s", tuple(prompt(9, 300)), tuple(prompt(10, 100)))
+            result = await engine.capture(forced, tuple(prompt(10, 100)))
             order.append("s")
             return result
 
         *_, scored = await asyncio.gather(user(0), user(1), user(2), learner())
-        alone = await engine.score("again", tuple(prompt(9, 300)), tuple(prompt(10, 100)))
+        alone = await engine.capture(forced, tuple(prompt(10, 100)))
     assert order[-1] == "s"
     np.testing.assert_allclose(scored.capture.top_logprobs, alone.capture.top_logprobs, atol=1e-5)
 
@@ -294,7 +298,7 @@ async def test_slots_and_pages_are_never_held_against_each_other(checkpoint):
         both = await asyncio.wait_for(together, timeout=60)
         stats = engine.stats()
     assert stats.num_preemptions > 0
-    assert stats.num_free_pages == stats.num_pages
+    assert stats.num_free_pages + stats.num_idle_pages == stats.num_pages
     assert [one.token_ids for one in alone] == [other.token_ids for other in both]
 
 
@@ -323,7 +327,8 @@ async def test_what_goes_wrong_with_one_request_ends_that_one_only(checkpoint):
         with pytest.raises(EngineError, match="request lost failed: a gate that cannot decide"):
             await final(engine, lost)
         assert (await other).num_completion_tokens == 60
-        assert engine.stats().num_free_pages == engine.stats().num_pages
+        stats = engine.stats()
+        assert stats.num_free_pages + stats.num_idle_pages == stats.num_pages
         assert engine.stats().num_resident_heads == 0
 
 
@@ -341,7 +346,7 @@ async def test_bad_prompts_are_refused(checkpoint, ids, message):
         with pytest.raises(InvalidJob, match=message):
             await final(engine, greedy("a", ids, 4))
         with pytest.raises(InvalidJob, match=message):
-            await engine.embed("b", ids)
+            await engine.embed(Job(request_id="b", prompt_ids=ids))
 
 
 async def test_duplicate_full_and_stopped(checkpoint):
@@ -352,7 +357,7 @@ async def test_duplicate_full_and_stopped(checkpoint):
             await final(engine, greedy("r0", [1], 2))
         pending = [asyncio.ensure_future(anext(stream)) for stream in streams[1:]]
         await asyncio.sleep(0)  # lets the four hand their jobs over
-        with pytest.raises(QueueFull, match="5 requests are running or waiting"):
+        with pytest.raises(QueueFull, match="1 requests with 20 tokens wait; at most 1"):
             await final(engine, greedy("late", [1], 2))
         engine.close()
         with pytest.raises(EngineStopped):

@@ -1,6 +1,8 @@
 """InferenceService over the toy engine: parsing, refusals, streams and what they leave behind."""
 
 import asyncio
+import time
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -10,7 +12,7 @@ from support.serving import serving
 from support.toy_domain import LIMITS, ToyDomain, ToyInference
 from support.toy_engine import ToyEngine
 
-from engine.api import SamplingParams
+from engine.api import Constraint, SamplingParams
 from engine.errors import QueueFull
 from sona import auth
 from sona.auth import LOCAL
@@ -142,31 +144,62 @@ async def test_sampling_out_of_range_is_refused(served, fields, message):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"constraint": pb.Constraint()},
-        {"constraint": pb.Constraint(regex="a+")},
         {"use_patterns": True},
-        {"priority": -1},
-        {"session_id": "s"},
-        {"cache_salt": "s"},
         {"metadata": {"a": "b"}},
-        {"sampling": pb.SamplingParams(min_p=0.1)},
-        {"sampling": pb.SamplingParams(repetition_penalty=1.1)},
-        {"sampling": pb.SamplingParams(presence_penalty=0.1)},
-        {"sampling": pb.SamplingParams(frequency_penalty=0.1)},
-        {"sampling": pb.SamplingParams(logit_bias={1: 0.5})},
-        {"sampling": pb.SamplingParams(n=2)},
-        {"sampling": pb.SamplingParams(min_tokens=1)},
-        {"sampling": pb.SamplingParams(prompt_logprobs=0)},
     ],
     ids=lambda fields: str(fields)[:50],
 )
 async def test_a_field_that_is_not_built_answers_by_name(served, fields):
     error = await refusal(served.stub.Generate(pb.GenerateRequest(text="a", **fields)))
     assert error.code() is grpc.StatusCode.UNIMPLEMENTED
-    name, value = next(iter(fields.items()))
-    if name == "sampling":
-        name = f"sampling.{value.ListFields()[0][0].name}"
-    assert error.details().startswith(f"{name} ")
+    assert error.details().startswith(f"{next(iter(fields))} ")
+    assert served.engine.jobs == []
+
+
+async def test_every_setting_arrives_as_it_was_sent(served):
+    sampling = {
+        "temperature": 0.5, "top_k": 3, "top_p": 0.5, "min_p": 0.25, "repetition_penalty": 1.5,
+        "presence_penalty": -0.5, "frequency_penalty": 0.75, "logit_bias": {2: -1.5}, "seed": 7,
+        "n": 2, "min_tokens": 1, "max_tokens": 3, "stop": ("x", "xy"), "stop_token_ids": (4,),
+        "ignore_eos": True, "logprobs": 0, "prompt_logprobs": 1,
+    }  # fmt: skip
+    request = pb.GenerateRequest(
+        text="a", sampling=pb.SamplingParams(**sampling), priority=-3, session_id="s",
+        cache_salt="c", constraint=pb.Constraint(choice=pb.ChoiceList(choices=["a", "é"])),
+    )  # fmt: skip
+    response = await served.stub.Generate(request, timeout=50)
+    assert [choice.index for choice in response.choices] == [0, 1]
+    ((call, _),) = served.inference.calls
+    assert call.sampling == SamplingParams(**sampling)
+    assert (call.priority, call.session_id, call.cache_salt) == (-3, "s", "c")
+    assert call.constraint == Constraint("choice", '["a", "é"]')
+    assert 0 < call.deadline_s - time.monotonic() < 50
+    await served.stub.Generate(pb.GenerateRequest(text="a"))
+    (_, (plain, _)) = served.inference.calls
+    assert plain.sampling == SamplingParams()
+    assert (plain.constraint, plain.deadline_s) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"constraint": pb.Constraint()}, "no form is set"),
+        ({"constraint": pb.Constraint(regex="")}, "constraint.regex has 0 bytes"),
+        ({"constraint": pb.Constraint(json_schema="x" * 70_000)}, "has 70000 bytes; use 1 to"),
+        ({"constraint": pb.Constraint(choice=pb.ChoiceList())}, "one character or more"),
+        ({"sampling": pb.SamplingParams(n=1000)}, "sampling.n is 1000; this server has 16"),
+        ({"sampling": pb.SamplingParams(n=0)}, "sampling.n is 0"),
+        ({"sampling": pb.SamplingParams(logit_bias={26: 1.0})}, "sampling.logit_bias has 26"),
+        ({"sampling": pb.SamplingParams(logit_bias={1: 200.0})}, "sampling.logit_bias is"),
+        ({"sampling": pb.SamplingParams(min_tokens=300)}, "sampling.min_tokens is 300"),
+        ({"session_id": "x" * 129}, "session_id has 129"),
+    ],
+    ids=lambda each: str(each)[:40],
+)
+async def test_what_no_engine_could_follow_is_refused_before_any_work(served, fields, message):
+    error = await refusal(served.stub.Generate(pb.GenerateRequest(text="a", **fields)))
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert message in error.details()
     assert served.engine.jobs == []
 
 
@@ -212,7 +245,7 @@ async def test_job_is_gone_as_soon_as_the_stream_is_closed():
     engine = ToyEngine()
     auth.set_principal(LOCAL)
     request = pb.GenerateRequest(text="a", sampling=pb.SamplingParams(max_tokens=9))
-    context: Any = None  # an undisturbed stream needs none
+    context: Any = SimpleNamespace(time_remaining=lambda: None)  # all an undisturbed stream asks
     stream = InferenceService(ToyInference(engine), LIMITS).GenerateStream(
         pb.GenerateStreamRequest(request=request), context
     )
@@ -253,7 +286,10 @@ async def test_detokenize_refuses_what_no_token_is(served):
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
-async def test_score_is_not_built(served):
-    error = await refusal(served.stub.Score(pb.ScoreRequest(text="a", continuation="b")))
-    assert error.code() is grpc.StatusCode.UNIMPLEMENTED
-    assert error.details().startswith("Score ")
+async def test_score(served):
+    scored = await served.stub.Score(pb.ScoreRequest(text="ab", continuation="cd"))
+    assert [(one.token_id, one.logprob) for one in scored.logprobs] == [(2, -1.0), (3, -1.0)]
+    assert (scored.usage.prompt_tokens, scored.usage.completion_tokens) == (2, 2)
+    error = await refusal(served.stub.Score(pb.ScoreRequest(text="a")))
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "there is nothing to score" in error.details()

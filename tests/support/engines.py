@@ -48,3 +48,17 @@ async def final(client: EngineClient, job: Job):
     assert last is not None
     assert last.final is not None
     return last.final
+
+
+async def finals(client: EngineClient, job: Job):
+    """Run a job of several answers to its end."""
+    last = {}
+    async for update in client.generate(job):
+        last[update.index] = update.final
+    assert all(one is not None for one in last.values())
+    return [last[index] for index in sorted(last)]
+
+
+def is_at_rest(stats) -> bool:
+    """Whether no job holds a page."""
+    return stats.num_free_pages + stats.num_idle_pages == stats.num_pages

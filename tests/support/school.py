@@ -13,7 +13,7 @@ from support.captures import capture_of, rows_of
 from adapters.gate import GenericStats
 from adapters.store import AdapterStore, Version
 from adapters.table import TableLimits
-from engine.api import ScoreResult
+from engine.api import CaptureResult
 from sona.events import EventBus
 from sona.journal import Choice, Correction, Journal, PositionKind, Positions, Verdict
 from sona.loops.instant import InstantLoop
@@ -42,7 +42,7 @@ class Engine:
         self.failures = []  # raised first, one per pass
         self.num_running = self.most_running = self.num_passes = 0
 
-    async def score(self, request_id, prompt_ids, continuation_ids):
+    async def capture(self, job, continuation_ids):
         self.num_running += 1
         self.num_passes += 1
         self.most_running = max(self.most_running, self.num_running)
@@ -50,11 +50,11 @@ class Engine:
         self.num_running -= 1
         if self.failures:
             raise self.failures.pop()
-        seed = 0 if self.constant else [*prompt_ids, *continuation_ids]
+        seed = 0 if self.constant else [*job.prompt_ids, *continuation_ids]
         states = np.random.default_rng(seed).standard_normal((len(continuation_ids), DIM))
         if self.twins and len(states) > 1:
             states[1] = states[0]
-        return ScoreResult(capture_of(states, self.head), prompt_vector())
+        return CaptureResult(capture_of(states, self.head), prompt_vector())
 
 
 def prompt_vector():

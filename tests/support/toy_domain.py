@@ -35,6 +35,8 @@ from sona.requests import (
     Preview,
     PreviewEdit,
     Prompt,
+    ScoreCall,
+    ScoreReply,
     Started,
     TextPrompt,
     TokenPrompt,
@@ -51,9 +53,11 @@ MODEL = ModelInfo(
 )  # fmt: skip
 PLAN = EnginePlan(
     dtype="float32", max_len=64, max_num_seqs=2, max_waiting=4, page_size=8, num_pages=10,
-    pages_per_seq=8, page_bytes=128, decode_buckets=(2,), prefill_buckets=(16,), score_chunk=16,
-    is_deterministic=False, num_head_slots=4, head_rank=2, head_rows=8, head_tokens=4,
-    learning_fraction=0.15,
+    pages_per_seq=8, page_bytes=128, decode_buckets=(2,), prefill_buckets=(16,), prefill_chunk=16,
+    slice_tokens=16, is_deterministic=False, num_head_slots=4, head_rank=2, head_rows=8,
+    head_tokens=4, learning_fraction=0.15, max_waiting_tokens=64, priority_patience_s=10.0,
+    step_tokens=18, caches_prefixes=True, session_pages=2, session_idle_s=60.0, num_lora_slots=1,
+    lora_rank=8, lora_on_head=False,
 )  # fmt: skip
 
 
@@ -84,18 +88,26 @@ class ToyInference:
         ids = prompt_ids(call.prompt)
         check_prompt_len(len(ids), LIMITS)
         yield Started(request_id=call.request_id, num_prompt_tokens=len(ids))
-        tokens = []
+        tokens = [[] for _ in range(call.sampling.n)]
         job = Job(request_id=call.request_id, prompt_ids=ids, sampling=call.sampling)
         async with aclosing(self._engine.generate(job)) as updates:
             async for update in updates:
-                tokens += update.tokens
-                yield Delta(tokens=update.tokens, text=update.text)
-                if update.final is not None:
-                    yield _reply(call.request_id, update.final, tuple(tokens))
+                tokens[update.index] += update.tokens
+                yield Delta(choice_index=update.index, tokens=update.tokens, text=update.text)
+                if update.final is not None and update.index == call.sampling.n - 1:
+                    yield _reply(call.request_id, update.final, tokens)
 
     async def embed(self, call: EmbedCall, principal: Principal) -> EmbedReply:
         ids = prompt_ids(call.prompt)
-        return EmbedReply(await self._engine.embed("e", ids), len(ids))
+        embedded = await self._engine.embed(Job(request_id="e", prompt_ids=ids))
+        return EmbedReply(embedded.vector, Usage(num_prompt_tokens=len(ids)))
+
+    async def score(self, call: ScoreCall, principal: Principal) -> ScoreReply:
+        ids = prompt_ids(call.prompt)
+        told = prompt_ids(TextPrompt(call.continuation))
+        scored = await self._engine.score(Job(request_id="s", prompt_ids=ids), told)
+        usage = Usage(num_prompt_tokens=len(ids), num_completion_tokens=len(told))
+        return ScoreReply(logprobs=scored.tokens, usage=usage)
 
     async def tokenize(self, prompt: Prompt) -> tuple[int, ...]:
         return prompt_ids(prompt)
@@ -201,11 +213,12 @@ def _reply(request_id: str, final, tokens) -> GenerateReply:
     timing = final.timing
     return GenerateReply(
         request_id=request_id,
-        answers=(
+        answers=tuple(
             Answer(
-                text=final.text, token_ids=final.token_ids, logprobs=tokens,
+                index=index, text=final.text, token_ids=final.token_ids, logprobs=tuple(drawn),
                 finish_reason=final.finish_reason, stop_match=final.stop_match,
-            ),
+            )
+            for index, drawn in enumerate(tokens)
         ),
         usage=Usage(
             num_prompt_tokens=final.num_prompt_tokens,

@@ -13,6 +13,8 @@ import numpy as np
 from engine.api import (
     NUM_CAPTURED_LOGITS,
     Capture,
+    CaptureResult,
+    EmbedResult,
     EngineStats,
     Final,
     FinishReason,
@@ -64,22 +66,25 @@ class ToyEngine:
             ids = answer_ids(job.prompt_ids, job.sampling.max_tokens)
             for index, each in enumerate(ids):
                 await self.may_go.wait()
-                self._num_tokens += 1
-                final = _final(job, ids) if index + 1 == len(ids) else None
-                yield Update(tokens=(_token(job, each),), text=text_of((each,)), final=final)
+                for choice in range(job.sampling.n):
+                    self._num_tokens += 1
+                    final = _final(job, ids) if index + 1 == len(ids) else None
+                    yield Update((_token(job, each),), text_of((each,)), final, choice)
         finally:
             self.live -= 1
             if not self.live:
                 self.idle.set()
                 self.busy.clear()
 
-    async def embed(self, request_id: str, prompt_ids: tuple[int, ...]) -> np.ndarray:
-        return _vector(prompt_ids)
+    async def embed(self, job: Job) -> EmbedResult:
+        return EmbedResult(_vector(job.prompt_ids), 0)
 
-    async def score(
-        self, request_id: str, prompt_ids: tuple[int, ...], continuation_ids: tuple[int, ...]
-    ) -> ScoreResult:
-        return ScoreResult(_capture(len(continuation_ids)), _vector(prompt_ids))
+    async def score(self, job: Job, continuation_ids: tuple[int, ...]) -> ScoreResult:
+        tokens = tuple(Token(each, -1.0, ()) for each in continuation_ids)
+        return ScoreResult(tokens, None, 0)
+
+    async def capture(self, job: Job, continuation_ids: tuple[int, ...]) -> CaptureResult:
+        return CaptureResult(_capture(len(continuation_ids)), _vector(job.prompt_ids))
 
     def abort(self, request_id: str) -> bool:
         self.aborted.append(request_id)
@@ -91,12 +96,15 @@ class ToyEngine:
             num_waiting=0,
             num_pages=10,
             num_free_pages=10 - self.live,
+            num_idle_pages=0,
             num_preemptions=0,
             num_recompiles=0,
             num_prompt_tokens=sum(len(job.prompt_ids) for job in self.jobs),
+            num_cached_tokens=0,
             num_generated_tokens=self._num_tokens,
             num_steps=self._num_tokens,
             num_resident_heads=0,
+            num_resident_loras=0,
             busy_s=0.5,
             learning_s=0.25,
         )
@@ -113,6 +121,8 @@ def _final(job: Job, ids: tuple[int, ...]) -> Final:
         finish_reason=FinishReason.LENGTH,
         stop_match=None,
         num_prompt_tokens=len(job.prompt_ids),
+        num_cached_tokens=0,
+        prompt_tokens=(),
         num_completion_tokens=len(ids),
         token_ids=ids,
         text=text_of(ids),

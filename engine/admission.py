@@ -1,0 +1,174 @@
+"""Whose job is admitted next: fair between tenants, by priority within one.
+
+Between tenants the least served goes first. A tenant's counter rises by what its jobs cost, 1 for
+a prompt token computed and 2 for a token generated; one that comes back after a pause starts at
+the least counter of those that are active, so nobody saves up. Sheng 2024 (arXiv:2401.00588,
+algorithm 2, virtual token counter).
+
+Within a tenant the lower priority number goes first, then the older job. Every fourth admission
+goes to a job that has waited longer than `priority_patience_s`, oldest first: with m such jobs of
+its tenant before it, a job is admitted within 4 (m + 1) admissions of the tenant.
+"""
+
+import heapq
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+
+from engine.config import EnginePlan
+from engine.errors import DeadlinePassed, QueueFull
+from engine.pace import Pace
+from engine.sequence import Kind, Sequence
+
+PROMPT_COST = 1.0
+GENERATED_COST = 2.0
+_AGED_EVERY = 4  # admissions of a tenant
+_LONGEST_RETRY_S = 60.0
+
+
+class _Line:
+    """The waiting jobs of one tenant."""
+
+    def __init__(self) -> None:
+        self.by_age: OrderedDict[Sequence, None] = OrderedDict()  # in order of arrival
+        self._by_rank: list[tuple[int, int, Sequence]] = []
+        self.num_admitted = 0
+
+    def add(self, sequence: Sequence) -> None:
+        self.by_age[sequence] = None
+        if sequence.is_returning:  # it lost its pages: it is the oldest there is
+            self.by_age.move_to_end(sequence, last=False)
+        heapq.heappush(self._by_rank, (sequence.job.priority, sequence.number, sequence))
+
+    def first(self, aged_before_s: float) -> Sequence:
+        """The next one; the line is not empty."""
+        oldest = next(iter(self.by_age))
+        is_turn = self.num_admitted % _AGED_EVERY == _AGED_EVERY - 1
+        if is_turn and oldest.created_s < aged_before_s:
+            return oldest
+        while self._by_rank[0][2] not in self.by_age:
+            heapq.heappop(self._by_rank)
+        return self._by_rank[0][2]
+
+
+class WaitingQueue:
+    """Owner of the jobs that wait and of what each tenant has been served."""
+
+    def __init__(
+        self, plan: EnginePlan, pace: Pace, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._plan, self._pace, self._clock = plan, pace, clock
+        self._lines: dict[str, _Line] = {}
+        self._served: dict[str, float] = {}
+        self._active: Counter[str] = Counter()  # jobs of a tenant, waiting or running
+        self._numbers = 0
+        self.num_tokens = 0  # to be computed for those that wait
+
+    def __len__(self) -> int:
+        return sum(len(line.by_age) for line in self._lines.values())
+
+    def check(self, sequence: Sequence, *, num_free: int) -> None:
+        """Refuse a new job that there is no room or no time for.
+
+        The first `num_free` jobs are about to be admitted and wait in no queue. A tenant may
+        always have its share of the queue, whoever filled the rest.
+        Raises QueueFull, DeadlinePassed.
+        """
+        plan, tenant = self._plan, sequence.job.tenant
+        if self.is_late(sequence):
+            raise too_late(sequence)
+        num_waiting = len(self) - num_free
+        num_tokens = self.num_tokens + len(sequence.tokens)
+        fits = num_waiting < plan.max_waiting and num_tokens <= plan.max_waiting_tokens
+        if num_waiting < 0 or not len(self) or fits:
+            return
+        line = self._lines.get(tenant)
+        num_tenants = len(self._lines) + (line is None)
+        own = 0 if line is None else len(line.by_age)
+        if num_tenants > 1 and own * num_tenants < plan.max_waiting:
+            return
+        wait_s = self._pace.drain_s(self.num_tokens, 0)
+        raise QueueFull(
+            f"{num_waiting} requests with {self.num_tokens} tokens wait; at most "
+            f"{plan.max_waiting} and {plan.max_waiting_tokens} may: retry later",
+            retry_s=min(max(wait_s, 1.0), _LONGEST_RETRY_S),
+        )
+
+    def is_late(self, sequence: Sequence) -> bool:
+        """Whether a job that has not begun can no longer end before its deadline.
+
+        What its prompt costs is known once it has its pages, and with them the cached prefix.
+        """
+        deadline_s = sequence.job.deadline_s
+        if deadline_s is None or sequence.is_returning:
+            return False
+        is_generating = sequence.kind is Kind.GENERATE
+        num_generated = max(1, sequence.job.sampling.min_tokens) if is_generating else 0
+        num_missing = len(sequence.tokens) - sequence.num_computed if sequence.pages else 0
+        least_s = self._pace.least_s(num_missing, num_generated)
+        return self._clock() + least_s > deadline_s
+
+    def enter(self, sequence: Sequence) -> None:
+        """A job arrives. It counts as its tenant's until `leave`."""
+        tenant = sequence.job.tenant
+        if not self._active:
+            self._served.clear()  # nobody is here: nobody is ahead
+        if not self._active[tenant]:
+            least = min((self._served[name] for name in self._active if name != tenant), default=0)
+            self._served[tenant] = max(self._served.get(tenant, 0), least)
+        self._active[tenant] += 1
+        self._numbers += 1
+        sequence.number = self._numbers
+        self.add(sequence)
+
+    def add(self, sequence: Sequence) -> None:
+        """Let a job wait, again if it lost its pages."""
+        self._lines.setdefault(sequence.job.tenant, _Line()).add(sequence)
+        self.num_tokens += len(sequence.tokens)
+
+    def first(self) -> Sequence | None:
+        """Who is admitted next."""
+        if not self._lines:
+            return None
+        tenant = min(self._lines, key=self._served.__getitem__)
+        return self._lines[tenant].first(self._clock() - self._plan.priority_patience_s)
+
+    def admit(self, sequence: Sequence) -> None:
+        """The job waits no longer: it has a place."""
+        self._lines[sequence.job.tenant].num_admitted += 1
+        self.discard(sequence)
+
+    def discard(self, sequence: Sequence) -> None:
+        """The job waits no longer. One that did not wait is ignored."""
+        tenant = sequence.job.tenant
+        line = self._lines.get(tenant)
+        if line is None or sequence not in line.by_age:
+            return
+        del line.by_age[sequence]
+        self.num_tokens -= len(sequence.tokens)
+        if not line.by_age:
+            del self._lines[tenant]
+
+    def leave(self, sequence: Sequence) -> None:
+        """A job has ended, waiting or not."""
+        self.discard(sequence)
+        tenant = sequence.job.tenant
+        self._active[tenant] -= 1
+        if not self._active[tenant]:
+            del self._active[tenant]
+
+    def charge(self, tenant: str, cost: float) -> None:
+        """Something was computed for a job of the tenant."""
+        self._served[tenant] += cost
+
+    def served(self, tenant: str) -> float:
+        """The tenant's counter."""
+        return self._served[tenant]
+
+
+def too_late(sequence: Sequence) -> DeadlinePassed:
+    """What a late job ends with."""
+    return DeadlinePassed(
+        f"request {sequence.request_id} cannot be finished before its deadline and was not begun; "
+        "allow more time, or retry when the server is less busy"
+    )
