@@ -93,9 +93,9 @@ class LoraRef:
     table: LoraTable
 
     @property
-    def identity(self) -> tuple[object, ...]:
+    def identity(self) -> tuple[str, ...]:
         """What cached keys and values below the head depend on."""
-        return (*self.slot_key, self.version)
+        return (*self.slot_key, str(self.version))
 
 
 HeadChoice = Callable[[np.ndarray], HeadRef | None]

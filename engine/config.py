@@ -36,7 +36,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True  # do not compute again what a prompt shares with another
     session_fraction: float = 0.25  # of the pages that sessions may keep warm
     session_idle_s: float = 600.0  # that a session stays warm after its last turn
-    max_loras: int = 8  # LoRA versions resident on the device; 0 builds none
+    max_loras: int = 0  # LoRA versions resident on the device; 0 compiles nothing for them
     max_lora_rank: int = 16  # of one LoRA, or of several merged; at most 64
     lora_on_head: bool = False  # LoRAs may adapt lm_head too, at a vocabulary's cost per slot
     max_learned_slots: int = 256  # head-edit versions resident on the device
@@ -110,6 +110,7 @@ class EnginePlan:
     prefill_chunk: int
     slice_tokens: int  # of a teacher-forced pass, or of given tokens to be scored, in one turn
     is_deterministic: bool
+    splits_step: bool  # forward, then sample: for an accelerator, beside which the host has time
     num_head_slots: int  # A, slot 0 is "no edit"
     head_rank: int  # R
     head_rows: int  # J
@@ -160,6 +161,7 @@ def plan_engine(config: EngineConfig, model: "ModelConfig", *, platform: str) ->
         prefill_chunk=chunk,
         slice_tokens=16,
         is_deterministic=deterministic,
+        splits_step=platform != "cpu",
         num_head_slots=config.max_learned_slots,
         head_rank=config.head_rank,
         head_rows=min(config.head_rows, model.vocab_size),

@@ -1,6 +1,7 @@
 """Runs the scheduler's work on the device: pool, slots, rows, programs. Engine thread only."""
 
 from collections.abc import Callable
+from typing import cast
 
 import jax
 import numpy as np
@@ -9,10 +10,11 @@ from engine import step
 from engine.config import EnginePlan
 from engine.kv.pool import new_pool
 from engine.model import LoadedModel
+from engine.ops.lora_delta import LoraStack
 from engine.rows import SamplingRows
 from engine.sequence import Kind, Sequence
 from engine.slots import HeadSlots, LoraSlots
-from engine.step import Captured, Read, Sampled
+from engine.step import Batch, Captured, Read, Sampled
 
 Progress = Callable[[str, int, int], None]
 """(what, done, total) while compiling."""
@@ -50,28 +52,33 @@ class Runner:
         """Compile every shape that serving can ask for."""
         plan = self._plan
         chunks = sorted({*plan.prefill_buckets, plan.slice_tokens})
-        shapes = [(1, size) for size in chunks] + [(size, 1) for size in plan.decode_buckets]
-        total = len(set(shapes)) + len(plan.decode_buckets) + 2
-        done = 0
+        shapes = [(1, size) for size in chunks]
+        if plan.splits_step:
+            shapes += [(size, 1) for size in plan.decode_buckets]
+        stacks = [self.loras.none, self.loras.stack] if self.loras.sizes else [self.loras.none]
+        jobs = [(shape, stack) for stack in stacks for shape in sorted(set(shapes))]
+        jobs += [((size, 0), stack) for stack in stacks for size in plan.decode_buckets]
         state = np.zeros((1, 1), np.float32)
-        for shape in sorted(set(shapes)):
-            progress("compile forward", done, total)
-            hidden = self._forward(np.zeros(shape, np.int32), np.full(shape, -1, np.int32), [])
-            done += 1
-            if shape[1] == 1:
-                progress("compile sampling", done, total)
-                self._sample(hidden, [], None)
-                done += 1
-            state = np.asarray(hidden)[:1, :1]
-        self._sample(np.repeat(state, plan.decode_buckets[0], axis=0), [], None)  # of a prompt
-        progress("compile captures", done, total)
+        for done, ((rows, size), stack) in enumerate(jobs):
+            progress("compile steps", done, len(jobs) + 1)
+            nowhere, slots = np.full((rows, size or 1), -1, np.int32), np.zeros(rows, np.int32)
+            table = np.zeros((rows, plan.pages_per_seq), np.int32)
+            if size:
+                hidden = self._forward(np.zeros_like(nowhere), nowhere, table, stack, slots)
+                state = np.asarray(hidden)[:1, :1]
+            else:
+                self._step(np.zeros_like(nowhere), nowhere, table, [], None, stack, slots)
+                if rows == plan.decode_buckets[0]:  # the first token after a prompt
+                    self._sample(np.repeat(state, rows, axis=0), [], None, stack, slots)
+        progress("compile captures", len(jobs), len(jobs) + 1)
         slice_D = np.repeat(state[0], plan.slice_tokens, axis=0)
         self.capture(slice_D)
-        self._read(slice_D, np.zeros(plan.slice_tokens, np.int32), np.zeros(2, np.int32), 0)
-        progress("compile copies", done + 1, total)
+        for stack in stacks:
+            nothing = np.zeros(plan.slice_tokens, np.int32)
+            self._read(slice_D, nothing, np.zeros(2, np.int32), 0, stack)
         self.copy_pages([])
         self._num_warm = self._num_programs()
-        progress("compile", total, total)
+        progress("compile", len(jobs) + 1, len(jobs) + 1)
 
     @property
     def num_recompiles(self) -> int:
@@ -101,7 +108,7 @@ class Runner:
         positions[0, :length] = np.arange(start, start + length)
         table = np.zeros((1, self._plan.pages_per_seq), np.int32)
         table[0, : len(sequence.pages)] = sequence.pages
-        hidden = self._forward(tokens, positions, [sequence], table)
+        hidden = self._forward(tokens, positions, table, *self._loras_of([sequence], 1))
         return np.asarray(hidden)[0, :length]
 
     def sample_one(self, sequence: Sequence, hidden: np.ndarray, masks: Masks) -> Sampled:
@@ -109,12 +116,12 @@ class Runner:
         size = self._plan.decode_buckets[0]
         padded = np.zeros((size, 1, len(hidden)), hidden.dtype)
         padded[0, 0] = hidden
-        return self._sample(padded, [sequence], masks)
+        return self._sample(padded, [sequence], masks, *self._loras_of([sequence], size))
 
     def decode(self, sequences: list[Sequence], masks: Masks) -> tuple[np.ndarray, Sampled]:
         """One step of all of them: the hidden state [D] of each input token, and what follows.
 
-        Row i belongs to sequence i. `masks` is called while the device computes.
+        Row i belongs to sequence i. `masks` is called while an accelerator computes.
         """
         size = min(size for size in self._plan.decode_buckets if size >= len(sequences))
         tokens, positions = np.zeros((size, 1), np.int32), np.full((size, 1), -1, np.int32)
@@ -124,8 +131,8 @@ class Runner:
             self._tables[sequence.row, : len(sequence.pages)] = sequence.pages
         table = np.zeros((size, self._plan.pages_per_seq), np.int32)
         table[: len(sequences)] = self._tables[[sequence.row for sequence in sequences]]
-        hidden = self._forward(tokens, positions, sequences, table)
-        sampled = self._sample(hidden, sequences, masks)
+        loras = self._loras_of(sequences, size)
+        hidden, sampled = self._step(tokens, positions, table, sequences, masks, *loras)
         return np.asarray(hidden)[: len(sequences), 0], sampled
 
     def capture(self, hidden: np.ndarray) -> Captured:
@@ -138,7 +145,9 @@ class Runner:
         padded[: len(tokens)] = tokens
         slots = np.array([sequence.slot, sequence.lora_slot], np.int32)
         sampling = sequence.job.sampling
-        return self._read(self._slice(hidden), padded, slots, sampling.prompt_logprobs or 0)
+        stack, _ = self._loras_of([sequence], 1)
+        num_best = sampling.prompt_logprobs or 0
+        return self._read(self._slice(hidden), padded, slots, num_best, stack)
 
     def _slice(self, hidden: np.ndarray) -> np.ndarray:
         padded = np.zeros((self._plan.slice_tokens, hidden.shape[1]), hidden.dtype)
@@ -146,11 +155,16 @@ class Runner:
         return padded
 
     def _read(
-        self, hidden: np.ndarray, tokens: np.ndarray, slots: np.ndarray, num_logprobs: int
+        self,
+        hidden: np.ndarray,
+        tokens: np.ndarray,
+        slots: np.ndarray,
+        num_logprobs: int,
+        loras: LoraStack,
     ) -> Read:
         counts = np.full(len(tokens), num_logprobs, np.int32)
         read = self._steps.read(
-            self._leaves, self.heads.stack, self.loras.stack, hidden, tokens, slots, counts
+            self._leaves, self.heads.stack, loras, hidden, tokens, slots, counts
         )
         return jax.tree.map(np.asarray, read)
 
@@ -158,33 +172,60 @@ class Runner:
         self,
         tokens: np.ndarray,
         positions: np.ndarray,
-        sequences: list[Sequence],
-        table: np.ndarray | None = None,
+        table: np.ndarray,
+        loras: LoraStack,
+        lora_slots: np.ndarray,
     ) -> jax.Array:
-        if table is None:
-            table = np.zeros((len(tokens), self._plan.pages_per_seq), np.int32)
-        slots = self._lora_slots(sequences, len(tokens))
         self._pool, hidden = self._steps.forward(
-            self._leaves, self._pool, self.loras.stack, tokens, positions, table, slots
+            self._leaves, self._pool, loras, tokens, positions, table, lora_slots
         )
         return hidden
 
+    def _step(
+        self,
+        tokens: np.ndarray,
+        positions: np.ndarray,
+        table: np.ndarray,
+        sequences: list[Sequence],
+        masks: Masks,
+        loras: LoraStack,
+        lora_slots: np.ndarray,
+    ) -> tuple[jax.Array, Sampled]:
+        """One token of every row: in two programs where the host has time between them."""
+        if self._plan.splits_step:
+            hidden = self._forward(tokens, positions, table, loras, lora_slots)
+            return hidden, self._sample(hidden, sequences, masks, loras, lora_slots)
+        batch = self._batch(sequences, len(tokens), masks)
+        self._pool, hidden, sampled = self._steps.decode(
+            self._leaves, self._pool, self.heads.stack, loras, self._rows.device,
+            tokens, positions, table, batch, lora_slots,
+        )  # fmt: skip
+        return hidden, jax.tree.map(np.asarray, sampled)
+
     def _sample(
-        self, hidden: jax.Array | np.ndarray, sequences: list[Sequence], masks: Masks
+        self,
+        hidden: jax.Array | np.ndarray,
+        sequences: list[Sequence],
+        masks: Masks,
+        loras: LoraStack,
+        lora_slots: np.ndarray,
     ) -> Sampled:
-        size = len(hidden)
+        batch = self._batch(sequences, len(hidden), masks)
+        sampled = self._steps.sample(
+            self._leaves, self.heads.stack, loras, self._rows.device, hidden, batch, lora_slots
+        )
+        return jax.tree.map(np.asarray, sampled)
+
+    def _batch(self, sequences: list[Sequence], size: int, masks: Masks) -> Batch:
         ints, floats = self._rows.settings(sequences, size)
         words = self._no_masks[size]
         if masks is not None:
             words = np.zeros_like(words)
             masks(words)
-        sampled = self._steps.sample(
-            self._leaves, self.heads.stack, self.loras.stack, self._rows.device, hidden,
-            words, ints, floats, self._lora_slots(sequences, size),
-        )  # fmt: skip
-        return jax.tree.map(np.asarray, sampled)
+        return Batch(*cast(tuple[jax.Array, ...], (words, ints, floats)))
 
-    def _lora_slots(self, sequences: list[Sequence], size: int) -> np.ndarray:
+    def _loras_of(self, sequences: list[Sequence], size: int) -> tuple[LoraStack, np.ndarray]:
+        """The stack that a batch needs, and its rows' slots. Without a LoRA it needs none."""
         slots = np.zeros(size, np.int32)
         slots[: len(sequences)] = [sequence.lora_slot for sequence in sequences]
-        return slots
+        return (self.loras.stack if slots.any() else self.loras.none), slots

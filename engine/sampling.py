@@ -58,11 +58,13 @@ def sample(
     `masks` has a bit for every token that the form of the answer allows, the lowest first.
     """
     is_shaped = jnp.any(ints[:, (IS_MASKED, IS_BIASED, IS_PENALISED)] > 0)
-    return jax.lax.cond(
-        is_shaped,
-        lambda: _chosen(_shaped(logits, rows, masks, ints, floats), ints, floats),
-        lambda: _chosen(logits, ints, floats),
+    logits = jax.lax.cond(
+        is_shaped, lambda x: _shaped(x, rows, masks, ints, floats), lambda x: x, logits
     )
+    greedy = argmax(logits)
+    is_drawn = floats[:, TEMPERATURE] > 0
+    drawn = jax.lax.cond(jnp.any(is_drawn), lambda: _draw(logits, ints, floats), lambda: greedy)
+    return jnp.where(is_drawn, drawn, greedy)
 
 
 def argmax(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
@@ -70,13 +72,6 @@ def argmax(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
     ids = jnp.arange(logits.shape[1], dtype=jnp.int32)[None, :]
     is_best = logits == jnp.max(logits, axis=1, keepdims=True)
     return jnp.min(jnp.where(is_best, ids, logits.shape[1] - 1), axis=1)
-
-
-def _chosen(logits: Array, ints: Array, floats: Array) -> Array:
-    greedy = argmax(logits)
-    is_drawn = floats[:, TEMPERATURE] > 0
-    drawn = jax.lax.cond(jnp.any(is_drawn), lambda: _draw(logits, ints, floats), lambda: greedy)
-    return jnp.where(is_drawn, drawn, greedy)
 
 
 def _shaped(logits: Array, rows: Rows, masks: Array, ints: Array, floats: Array) -> Array:

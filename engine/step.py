@@ -2,13 +2,15 @@
 
   forward   new tokens of one prompt, or one of every answer   → hidden states
   sample    rows of hidden states                              → tokens, captures
+  decode    both in one, for one token of every answer
   read      rows of hidden states and the tokens they precede  → log-probabilities
   capture   rows of hidden states                              → captures alone
   copy      pages onto pages
 
 Integers and settings of a row travel in two small arrays, so that a call has few arguments.
 Base quantities (argmax, the 64 best, log-sum-exps) are taken before head edits, masks or
-temperature. Between forward and sample the host prepares what only it knows: masks.
+temperature. On an accelerator a step is forward and then sample, and the host fills in masks
+while forward runs; on a CPU a second call costs more than the masks, and a step is decode.
 """
 
 from collections.abc import Callable
@@ -58,11 +60,20 @@ class Sampled(NamedTuple):
     captured: Captured
 
 
+class Batch(NamedTuple):
+    """What describes the rows of a batch that are sampled; made on the host."""
+
+    masks: Int[Array, "B W"]
+    ints: Int[Array, "B 9"]
+    floats: Float[Array, "B 6"]
+
+
 class Steps(NamedTuple):
-    """The compiled entry points. `forward` and `copy` take the pool and give it back."""
+    """The compiled entry points. Those that write the pool take it and give it back."""
 
     forward: Callable[..., tuple[KVPool, Array]]
     sample: Callable[..., Sampled]
+    decode: Callable[..., tuple[KVPool, Array, Sampled]]
     read: Callable[..., Read]
     capture: Callable[..., Captured]
     copy: Callable[..., KVPool]
@@ -111,17 +122,30 @@ def make_steps(model: LoadedModel) -> Steps:
         loras: LoraStack,
         rows: Rows,
         hidden: Float[Array, "B 1 D"],
-        masks: Int[Array, "B W"],
-        ints: Int[Array, "B I"],
-        floats: Float[Array, "B F"],
+        batch: Batch,
         lora_slots: Int[Array, " B"],
     ) -> Sampled:
         base = decoder(leaves).logits(hidden, adapter_of(loras, lora_slots))[:, 0]
         captured = _capture(base, hidden[:, 0])
-        slots = ints[:, SLOT]
+        slots = batch.ints[:, SLOT]
         logits = add_head_delta(base, hidden[:, 0], captured.top_ids[:, 0], slots, stack)
-        token = sampling.sample(logits, rows, masks, ints, floats)
-        return Sampled(token, *_read(logits, token, ints[:, NUM_LOGPROBS]), captured)
+        token = sampling.sample(logits, rows, *batch)
+        return Sampled(token, *_read(logits, token, batch.ints[:, NUM_LOGPROBS]), captured)
+
+    def decode(
+        leaves: tuple[Array, ...],
+        pool: KVPool,
+        stack: HeadStack,
+        loras: LoraStack,
+        rows: Rows,
+        tokens: Int[Array, "B 1"],
+        positions: Int[Array, "B 1"],
+        page_table: Int[Array, "B M"],
+        batch: Batch,
+        lora_slots: Int[Array, " B"],
+    ) -> tuple[KVPool, Float[Array, "B 1 D"], Sampled]:
+        pool, hidden = forward(leaves, pool, loras, tokens, positions, page_table, lora_slots)
+        return pool, hidden, sample(leaves, stack, loras, rows, hidden, batch, lora_slots)
 
     def read(
         leaves: tuple[Array, ...],
@@ -144,6 +168,7 @@ def make_steps(model: LoadedModel) -> Steps:
     return Steps(
         jax.jit(forward, donate_argnums=1),
         jax.jit(sample),
+        jax.jit(decode, donate_argnums=1),
         jax.jit(read),
         jax.jit(capture),
         jax.jit(copy_pages, donate_argnums=0),

@@ -222,7 +222,7 @@ class Worker:
                 sequence.captured.append((sampled.captured, row))
 
     def _masks(self, sequences: list[Sequence]) -> Masks:
-        """The tokens that the forms of the answers allow; filled in while the device computes."""
+        """The tokens that the forms of the answers allow; filled in when the step asks."""
         formed = [(row, s.matcher) for row, s in enumerate(sequences) if s.matcher is not None]
         if not formed:
             return None

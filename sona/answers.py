@@ -1,8 +1,10 @@
 """The engine's updates of a request to its reply."""
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from engine.api import Final, HeadRef, Token, Update
+from engine.api import Final, HeadRef, LoraRef, Token, Update
 from sona.journal import AdapterSpan
 from sona.requests import Answer, CallTiming, GenerateCall, GenerateReply, Usage
 
@@ -25,19 +27,42 @@ class Growing:
         return self.final
 
 
-def spans(head: HeadRef | None, num_tokens: int) -> tuple[AdapterSpan, ...]:
-    """The version that shaped so many tokens, if any did."""
-    if head is None or not num_tokens:
+@dataclass(frozen=True, slots=True)
+class ChosenLora:
+    """The LoRAs of a request: as one for the engine, by name and version for the reply."""
+
+    ref: LoraRef | None
+    names: tuple[tuple[str, int], ...]
+
+    def base_hash(self, of_model: str) -> str:
+        """Fingerprint of everything below the head; feedback is learned for that alone."""
+        if self.ref is None:
+            return of_model
+        return hashlib.sha256(repr((of_model, self.ref.identity)).encode()).hexdigest()
+
+
+def spans(
+    loras: Sequence[tuple[str, int]], head: HeadRef | None, num_tokens: int
+) -> tuple[AdapterSpan, ...]:
+    """The versions that shaped so many tokens, if any did."""
+    if not num_tokens:
         return ()
-    return (AdapterSpan(head.name, head.version, 0, num_tokens),)
+    names = [*loras] if head is None else [*loras, (head.name, head.version)]
+    return tuple(AdapterSpan(name, version, 0, num_tokens) for name, version in names)
 
 
-def spans_of(finals: list[Final]) -> tuple[AdapterSpan, ...]:
-    """All answers have the same head; the span is that of the longest."""
-    return spans(finals[0].head, max(final.num_completion_tokens for final in finals))
+def spans_of(loras: Sequence[tuple[str, int]], finals: list[Final]) -> tuple[AdapterSpan, ...]:
+    """All answers have the same adapters; the span is that of the longest."""
+    num_tokens = max(final.num_completion_tokens for final in finals)
+    return spans(loras, finals[0].head, num_tokens)
 
 
-def reply(call: GenerateCall, answers: list[Growing], total_s: float) -> GenerateReply:
+def reply(
+    call: GenerateCall,
+    answers: list[Growing],
+    loras: Sequence[tuple[str, int]],
+    total_s: float,
+) -> GenerateReply:
     """The whole outcome, once every answer has ended."""
     finals = [answer.ended() for answer in answers]
     first = finals[0]
@@ -67,6 +92,6 @@ def reply(call: GenerateCall, answers: list[Growing], total_s: float) -> Generat
             total_s=total_s,
         ),
         prompt_logprobs=first.prompt_tokens,
-        adapter_versions=spans_of(finals),
+        adapter_versions=spans_of(loras, finals),
         pattern_ids=() if first.head is None else (int(first.head.slot_key[3]),),
     )

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from adapters.loras import LoraStore
 from adapters.store import AdapterStore, LoadFailure, Version
 from engine.client import EngineClient
 from engine.config import EnginePlan
@@ -200,7 +201,10 @@ async def _start_parts(
     )
     routing = Routing(generic)
     _publish_live(store, routing, warm.info.base_hash, warm.plan)
-    parts = compose(config, warm, engine, journal, store, routing)
+    loras = await asyncio.to_thread(LoraStore, data.loras_path)
+    for error in loras.failures:
+        log.warning("a LoRA is not served: %s", error)
+    parts = compose(config, warm, engine, journal, store, loras, routing)
     parts.learning.loop.start(learns=config.learning.enabled)
     stack.push_async_callback(asyncio.to_thread, parts.learning.loop.stop)
     tasks = await stack.enter_async_context(asyncio.TaskGroup())

@@ -4,7 +4,10 @@ What needs the tokenizer or the stored request (`check_prompt_len`, `check_corre
 by the domain as soon as it has them.
 """
 
+import math
+import re
 from dataclasses import dataclass
+from typing import Literal
 
 from engine.api import Constraint, SamplingParams
 from engine.params import MAX_GRAMMAR_BYTES
@@ -12,9 +15,11 @@ from sona.errors import InvalidField, ModelNotFound
 from sona.journal.records import Correction, Preference, Score, Verdict
 from sona.requests import (
     AdapterChoice,
+    AdapterMix,
     AdapterPin,
     ChatPrompt,
     FeedbackCall,
+    LoraPin,
     Prompt,
     TextPrompt,
     TokenPrompt,
@@ -23,6 +28,13 @@ from sona.requests import (
 MAX_STOPS = 16
 MAX_STOP_LEN = 256  # characters
 MAX_DIGITS = 18  # of a number in a name: what a database integer holds
+MAX_MERGED = 8  # LoRAs of one request
+_TERM = re.compile(
+    rf"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)(@(?P<version>\d{{1,{MAX_DIGITS}}}))?"
+    r"(:(?P<weight>-?\d{1,6}(\.\d{1,9})?))?",
+    re.ASCII,
+)
+_PATTERN = re.compile(r"pattern-\d+", re.ASCII)
 MAX_ID_LEN = 128  # characters of a request_id or feedback_id
 MAX_REMARK_BYTES = 16_384  # comment and metadata of one feedback
 
@@ -60,20 +72,46 @@ def check_model(model: str, limits: Limits) -> None:
 
 
 def parse_adapter(text: str) -> AdapterChoice:
-    """Read "name", "name@version", "none" or "". Raises InvalidField."""
+    """Read what an answer should be shaped by. Raises InvalidField.
+
+    "" is the caller's own, "none" the base model, "pattern-7@3" a learned version, "style" a LoRA,
+    "style:0.7+legal@2:0.3+own" LoRAs by weight below the caller's own.
+    """
     if not text:
         return "own"
     if text == "none":
         return "none"
-    name, at, version = text.partition("@")
-    is_number = version.isascii() and version.isdigit() and len(version) <= MAX_DIGITS
-    if not name or (at and not is_number):
+    loras, heads = [], []
+    for term in text.split("+"):
+        pin = _parse_term(term, text)
+        (loras if isinstance(pin, LoraPin) else heads).append(pin)
+    if len(heads) > 1 or len(loras) > MAX_MERGED:
         raise InvalidField(
             "adapter",
-            f"adapter is {text[:80]!r}; use a name, name@version with a whole number, "
-            '"none" for the base model, or nothing for what was learned for you',
+            f"adapter is {text[:80]!r}; use one learned version at most, and {MAX_MERGED} LoRAs",
         )
-    return AdapterPin(name, int(version) if at else None)
+    head = heads[0] if heads else "none"
+    return AdapterMix(tuple(loras), head) if loras else head
+
+
+def _parse_term(term: str, text: str) -> AdapterPin | LoraPin | Literal["own"]:
+    """One of the names that are joined with +."""
+    if term == "own":
+        return "own"
+    found = _TERM.fullmatch(term)
+    weight = float(found["weight"]) if found and found["weight"] else 1.0
+    is_pattern = found is not None and _PATTERN.fullmatch(found["name"])
+    if found is None or (is_pattern and found["weight"]) or not math.isfinite(weight):
+        raise InvalidField(
+            "adapter",
+            f"adapter is {text[:80]!r}; use a name, name@version with a whole number, LoRAs with "
+            'weights as in "style:0.7+legal:0.3", "none" for the base model, or nothing for what '
+            "was learned for you",
+        )
+    version = int(found["version"]) if found["version"] else None
+    if is_pattern:
+        return AdapterPin(found["name"], version)
+    return LoraPin(found["name"], version, weight)
 
 
 def check_prompt(prompt: Prompt, limits: Limits) -> None:

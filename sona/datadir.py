@@ -48,6 +48,11 @@ class DataDir:
         return self._path / "adapters.db"
 
     @property
+    def loras_path(self) -> Path:
+        """Loaded LoRAs (`adapters.loras`)."""
+        return self._path / "loras"
+
+    @property
     def cache_path(self) -> Path:
         """A directory for what can be computed again. Made on first use."""
         path = self._path / "cache"

@@ -1,5 +1,6 @@
 """Tokens out of the served model: prompts to jobs, updates to replies, answers to the journal."""
 
+import asyncio
 import json
 import logging
 import time
@@ -8,10 +9,11 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 
 from adapters.errors import AdapterNotFound
+from adapters.loras import LoraStore
 from adapters.store import AdapterStore, SlotKey
 from engine.api import Final, Generator, HeadChoice, HeadRef, Job, Update
 from engine.text import Tokenizer
-from sona.answers import Growing, reply, spans, spans_of
+from sona.answers import ChosenLora, Growing, reply, spans, spans_of
 from sona.auth import Principal
 from sona.captures import CaptureRing
 from sona.checks import MAX_DIGITS, Limits, check_model, check_prompt_len
@@ -20,6 +22,7 @@ from sona.journal import Choice, Journal, RequestRecord
 from sona.ports import ModelInfo
 from sona.requests import (
     AdapterChoice,
+    AdapterMix,
     AdapterPin,
     ChatPrompt,
     Delta,
@@ -27,6 +30,7 @@ from sona.requests import (
     EmbedReply,
     GenerateCall,
     GenerateReply,
+    LoraPin,
     Prompt,
     ScoreCall,
     ScoreReply,
@@ -54,6 +58,7 @@ class InferenceService:
     tokenizer: Tokenizer
     routing: Routing
     store: AdapterStore
+    loras: LoraStore
     journal: Journal
     captures: CaptureRing
     model: ModelInfo
@@ -75,11 +80,13 @@ class InferenceService:
             raise RequestExists(
                 f"request_id {call.request_id!r} has been used; choose another, or leave it empty"
             )
+        lora = await self._lora(call.adapter, principal)
         job = Job(
             request_id=engine_id(principal.tenant, call.request_id),
             prompt_ids=prompt_ids,
             sampling=call.sampling,
             choose_head=self._head_choice(call.adapter, principal),
+            lora=lora.ref,
             constraint=call.constraint,
             capture=call.learn and self.keeps_captures,
             tenant=principal.tenant,
@@ -100,8 +107,8 @@ class InferenceService:
                     yield Delta(choice_index=update.index, tokens=update.tokens, text=update.text)
         finals = [answer.ended() for answer in answers]
         if call.learn and finals[0].token_ids:  # nothing was said: nothing to correct
-            self._remember(call, principal, prompt_ids, finals, arrived)
-        whole = reply(call, answers, time.monotonic() - started)
+            self._remember(call, principal, prompt_ids, finals, lora, arrived)
+        whole = reply(call, answers, lora.names, time.monotonic() - started)
         self.observe(whole, first_token_s)
         yield whole
 
@@ -130,7 +137,8 @@ class InferenceService:
     async def score(self, call: ScoreCall, principal: Principal) -> ScoreReply:
         """Log-probabilities of the continuation under what answers this caller."""
         job = self._side_job(call.prompt, call.model, call.deadline_s, principal)
-        job = replace(job, choose_head=self._head_choice(call.adapter, principal))
+        lora = await self._lora(call.adapter, principal)
+        job = replace(job, choose_head=self._head_choice(call.adapter, principal), lora=lora.ref)
         ids = tuple(self.tokenizer.encode_continuation(call.continuation))
         scored = await self.generator.score(job, ids)
         usage = Usage(
@@ -139,7 +147,9 @@ class InferenceService:
             num_cached_prompt_tokens=scored.num_cached_tokens,
         )
         return ScoreReply(
-            logprobs=scored.tokens, usage=usage, adapter_versions=spans(scored.head, len(ids))
+            logprobs=scored.tokens,
+            usage=usage,
+            adapter_versions=spans(lora.names, scored.head, len(ids)),
         )
 
     def _side_job(
@@ -187,12 +197,27 @@ class InferenceService:
                 return self.tokenizer.decode(ids)
 
     def _head_choice(self, adapter: AdapterChoice, principal: Principal) -> HeadChoice | None:
+        if isinstance(adapter, AdapterMix):
+            return self._head_choice(adapter.head, principal)
         if adapter == "none":
             return None
         if isinstance(adapter, AdapterPin):
             head = self._pinned(adapter, principal)
             return None if head is None else lambda _: head
         return self.routing.choose((principal.tenant, principal.name))
+
+    async def _lora(self, adapter: AdapterChoice, principal: Principal) -> ChosenLora:
+        """The LoRAs asked for, as one. A table that memory let go is read from disk."""
+        if not isinstance(adapter, AdapterMix):
+            return ChosenLora(None, ())
+        return await asyncio.to_thread(self._merged, adapter.loras, principal.tenant)
+
+    def _merged(self, pins: tuple[LoraPin, ...], tenant: str) -> ChosenLora:
+        base_hash = self.model.base_hash
+        refs = [self.loras.ref(tenant, p.name, p.version, base_hash=base_hash) for p in pins]
+        weights = [pin.weight for pin in pins]
+        ref = self.loras.mix(tenant, list(zip(refs, weights, strict=True)))
+        return ChosenLora(ref, tuple((each.name, each.version) for each in refs))
 
     def _pinned(self, pin: AdapterPin, principal: Principal) -> HeadRef | None:
         """A version by name, the caller's own before the tenant's. None is the base model."""
@@ -215,6 +240,7 @@ class InferenceService:
         principal: Principal,
         prompt_ids: tuple[int, ...],
         finals: list[Final],
+        lora: ChosenLora,
         arrived: float,
     ) -> None:
         """Journal the answers without waiting for the disk, and keep their states for feedback."""
@@ -224,13 +250,13 @@ class InferenceService:
             principal=principal.name,
             request_id=call.request_id,
             model=self.model.name,
-            base_hash=self.model.base_hash,
+            base_hash=lora.base_hash(self.model.base_hash),
             created=arrived,
             prompt_ids=prompt_ids,
             prompt_text=self._prompt_text(call.prompt),
             prompt_vector=vector,
             choices=tuple(Choice(text=each.text, token_ids=each.token_ids) for each in finals),
-            adapter_versions=spans_of(finals),
+            adapter_versions=spans_of(lora.names, finals),
         )
         try:
             self.journal.record_request(record)

@@ -5,8 +5,11 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-from adapters.errors import AdapterNotFound
+from adapters.errors import AdapterNotFound, IncompatibleAdapter
+from adapters.loras import LoraInfo, LoraStore, check_name
+from adapters.peft import Sizes, read_peft
 from adapters.store import AdapterStore, Scope, SlotKey, VersionInfo
 from sona.auth import Principal
 from sona.events import EventBus
@@ -30,6 +33,10 @@ class LearningService:
     """Implements `sona.ports.Learning`. The store and the learner thread own the state."""
 
     store: AdapterStore
+    loras: LoraStore
+    lora_sizes: Sizes  # modules that this server adapts; none when it was started without
+    max_lora_rank: int
+    base_hash: str
     journal: Journal
     events_bus: EventBus
     loop: InstantLoop
@@ -56,6 +63,41 @@ class LearningService:
             return tuple(self._info(slot) for slot in self._visible(principal))
 
         return await asyncio.to_thread(listed)
+
+    async def list_loras(self, principal: Principal) -> tuple[LoraInfo, ...]:
+        """What the tenant has loaded, by name."""
+        return tuple(self.loras.all_of(principal.tenant))
+
+    async def load_lora(self, name: str, path: str, principal: Principal) -> LoraInfo:
+        """Read, check, store, and only then serve. Requests under way keep what they have."""
+        if not self.lora_sizes:
+            raise IncompatibleAdapter(
+                "this server was started without LoRA slots; start it with --max-loras 8, for "
+                "example"
+            )
+
+        def load() -> LoraInfo:
+            check_name(name)
+            read = read_peft(Path(path), self.lora_sizes, max_rank=self.max_lora_rank)
+            return self.loras.put(
+                principal.tenant, name, read.table, base_hash=self.base_hash, source=path
+            )
+
+        info = await asyncio.to_thread(load)
+        self._lora_event(EventKind.ADAPTER_PUBLISHED, info)
+        return info
+
+    async def unload_lora(self, name: str, principal: Principal) -> LoraInfo:
+        """Forget a LoRA; requests under way keep it."""
+        info = await asyncio.to_thread(self.loras.remove, principal.tenant, name)
+        self._lora_event(EventKind.ADAPTER_UNLOADED, info)
+        return info
+
+    def _lora_event(self, kind: EventKind, info: LoraInfo) -> None:
+        event = Event(
+            time=time.time(), kind=kind, adapter=info.name, version=info.version, scope="tenant"
+        )
+        self.events_bus.emit(info.tenant, event)
 
     async def get_adapter(
         self, name: str, scope: Scope | None, owner: str, principal: Principal

@@ -8,6 +8,7 @@ from importlib import metadata
 import jax
 import psutil
 
+from adapters.loras import LoraStore
 from adapters.store import AdapterStore
 from adapters.table import TableLimits
 from engine.client import EngineClient
@@ -49,6 +50,7 @@ def compose(
     engine: EngineClient,
     journal: Journal,
     store: AdapterStore,
+    loras: LoraStore,
     routing: Routing,
 ) -> Parts:
     info, plan, events = warm.info, warm.plan, EventBus()
@@ -79,6 +81,7 @@ def compose(
         tokenizer=warm.tokenizer,
         routing=routing,
         store=store,
+        loras=loras,
         journal=journal,
         captures=captures,
         model=info,
@@ -99,6 +102,10 @@ def compose(
     )
     learning = LearningService(
         store=store,
+        loras=loras,
+        lora_sizes=warm.runner.loras.sizes,
+        max_lora_rank=plan.lora_rank,
+        base_hash=info.base_hash,
         journal=journal,
         events_bus=events,
         loop=loop,

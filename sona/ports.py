@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from adapters.loras import LoraInfo
 from adapters.store.records import Scope, SlotKey, VersionInfo
 from engine.config import EnginePlan
 from sona.auth import Principal
@@ -126,6 +127,11 @@ class AdapterInfo:
     created: float  # unix seconds, first version
     updated: float  # live version
 
+    @property
+    def name(self) -> str:
+        """As on the wire."""
+        return self.slot.adapter_name
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Revision:
@@ -160,6 +166,7 @@ class EventKind(enum.StrEnum):
     FEEDBACK_REJECTED = "feedback_rejected"
     ADAPTER_PUBLISHED = "adapter_published"
     ADAPTER_ROLLED_BACK = "adapter_rolled_back"
+    ADAPTER_UNLOADED = "adapter_unloaded"
     LEARNING_PAUSED = "learning_paused"
     LEARNING_RESUMED = "learning_resumed"
     LEARNING_FAILED = "learning_failed"
@@ -188,6 +195,21 @@ class Learning(Protocol):
 
     async def list_adapters(self, principal: Principal) -> tuple[AdapterInfo, ...]:
         """Own and tenant scope; for an operator every principal's of the tenant."""
+        ...
+
+    async def list_loras(self, principal: Principal) -> tuple[LoraInfo, ...]:
+        """What the caller's tenant has loaded."""
+        ...
+
+    async def load_lora(self, name: str, path: str, principal: Principal) -> LoraInfo:
+        """Read a LoRA from a directory of the server and serve it; replaces one of that name.
+
+        Raises InvalidAdapter, IncompatibleAdapter, StoreUnwritable. Allowed already.
+        """
+        ...
+
+    async def unload_lora(self, name: str, principal: Principal) -> LoraInfo:
+        """Forget a LoRA. Raises AdapterNotFound. Allowed already."""
         ...
 
     async def get_adapter(

@@ -65,8 +65,25 @@ class AdapterPin:
     version: int | None = None
 
 
-AdapterChoice = AdapterPin | Literal["own", "none"]
-"""Which learned version answers: a pinned one, the caller's own by pattern, or the base model."""
+@dataclass(frozen=True, slots=True)
+class LoraPin:
+    """A LoRA asked for by name. Version None is the live one."""
+
+    name: str
+    version: int | None = None
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterMix:
+    """LoRAs, merged by weight, and what answers above them."""
+
+    loras: tuple[LoraPin, ...]
+    head: "AdapterPin | Literal['own', 'none']" = "none"
+
+
+AdapterChoice = AdapterPin | AdapterMix | Literal["own", "none"]
+"""What shapes an answer: a pinned version, LoRAs, the caller's own by pattern, or nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

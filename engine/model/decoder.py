@@ -17,13 +17,13 @@ from engine.model.rope import inverse_frequencies, rotate
 
 Attend = Callable[[int, Array, Array, Array], Array]
 """(layer, q [B,T,N,H], k [B,T,K,H], v [B,T,K,H]) -> [B,T,N,H]; k and v are this call's tokens."""
-Adapt = Callable[[int, str, Array, Array], Array]
-"""(layer, module, x, y) -> y: a linear module's output, less or more what a LoRA adds to it."""
+Adapt = Callable[[int, Array, dict[str, Array]], tuple[Array, ...]]
+"""(layer, x, outputs by module) -> outputs: what LoRAs make of the linear modules that read x."""
 
 
-def unadapted(_layer: int, _module: str, _x: Array, y: Array) -> Array:
+def unadapted(_layer: int, _x: Array, outputs: dict[str, Array]) -> tuple[Array, ...]:
     """The base model."""
-    return y
+    return tuple(outputs.values())
 
 
 class RMSNorm(nnx.Module):
@@ -82,14 +82,13 @@ class Attention(nnx.Module):
         adapt: Adapt,
     ) -> Float[Array, "B T D"]:
         split = (*x.shape[:2], -1, self.head_dim)
-        q = adapt(layer, "q_proj", x, self.q_proj(x)).reshape(split)
-        k = adapt(layer, "k_proj", x, self.k_proj(x)).reshape(split)
-        v = adapt(layer, "v_proj", x, self.v_proj(x)).reshape(split)
+        outputs = {"q_proj": self.q_proj(x), "k_proj": self.k_proj(x), "v_proj": self.v_proj(x)}
+        q, k, v = (y.reshape(split) for y in adapt(layer, x, outputs))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, positions, frequencies), rotate(k, positions, frequencies)
         out = attend(layer, q, k, v).reshape(*x.shape[:2], -1)
-        return adapt(layer, "o_proj", out, self.o_proj(out))
+        return adapt(layer, out, {"o_proj": self.o_proj(out)})[0]
 
 
 class MLP(nnx.Module):
@@ -102,10 +101,10 @@ class MLP(nnx.Module):
         self.down_proj = Linear(config.mlp_size, config.hidden_size, **kind)
 
     def __call__(self, x: Float[Array, "B T D"], layer: int, adapt: Adapt) -> Float[Array, "B T D"]:
-        gate = adapt(layer, "gate_proj", x, self.gate_proj(x))
-        up = adapt(layer, "up_proj", x, self.up_proj(x))
+        outputs = {"gate_proj": self.gate_proj(x), "up_proj": self.up_proj(x)}
+        gate, up = adapt(layer, x, outputs)
         inner = jax.nn.silu(gate) * up
-        return adapt(layer, "down_proj", inner, self.down_proj(inner))
+        return adapt(layer, inner, {"down_proj": self.down_proj(inner)})[0]
 
 
 class Layer(nnx.Module):
@@ -166,7 +165,7 @@ class Decoder(nnx.Module):
             out = self.head(hidden)
         else:
             out = jnp.einsum("...d,vd->...v", hidden, self.embedding[...])
-        return adapt(0, "lm_head", hidden, out).astype(jnp.float32)
+        return adapt(0, hidden, {"lm_head": out})[0].astype(jnp.float32)
 
 
 def causal_attend(_layer: int, q: Array, k: Array, v: Array) -> Array:

@@ -24,6 +24,7 @@ class LoraSlots:
         if plan.num_lora_slots == 1:
             self.sizes = {}
         self.stack = self._empty_stack()
+        self.none = LoraStack({}, {}, jnp.zeros((1,), jnp.int32))  # of a batch without a LoRA
         # A fresh function object: jit counts programs per function, not per jit.
         self._write = jax.jit(functools.partial(_write_slot), donate_argnums=0)
         self._residency = Residency(plan.num_lora_slots)

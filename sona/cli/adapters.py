@@ -37,6 +37,29 @@ def list_adapters(client: "Client", as_json: bool) -> None:
 
 @adapters.command()
 @click.argument("name")
+@click.argument("path")
+@client_options
+def load(client: "Client", as_json: bool, name: str, path: str) -> None:
+    """Serve the LoRA in PATH, a directory on the server that peft wrote, as NAME."""
+    loaded = client.load_adapter(name, path)
+    if as_json:
+        show_json(loaded)
+        return
+    click.echo(f"{_line(loaded)}\n  sona generate --adapter {name} 'a prompt'")
+
+
+@adapters.command()
+@click.argument("name")
+@client_options
+def unload(client: "Client", as_json: bool, name: str) -> None:
+    """Forget the LoRA NAME. Requests under way keep it."""
+    client.unload_adapter(name)
+    if not as_json:
+        click.echo(f"{name} is unloaded")
+
+
+@adapters.command()
+@click.argument("name")
 @_SCOPE
 @_OWNER
 @client_options
@@ -79,7 +102,11 @@ def rollback(client: "Client", as_json: bool, **call: Any) -> None:
 
 def _line(adapter: "Adapter") -> str:
     from sona.v1.common_pb2 import SCOPE_TENANT
+    from sona.v1.learning_pb2 import ADAPTER_KIND_LORA
 
+    if adapter.kind == ADAPTER_KIND_LORA:
+        what = f"LoRA of rank {adapter.rank}, {adapter.size_bytes} bytes"
+        return f"{adapter.name}@{adapter.version}  tenant  {what}, {_time(adapter.update_time)}"
     whose = "tenant" if adapter.scope == SCOPE_TENANT else adapter.owner
     return (
         f"{adapter.name}@{adapter.version}  {whose}  {adapter.num_edits} edits, "

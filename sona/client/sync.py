@@ -73,7 +73,7 @@ class Client:
             call.cancel()
 
     def embed(self, prompt: PromptLike) -> list[float]:
-        """The prompt's mean final hidden state under the base model."""
+        """The prompt's vector under the base model: pooled, centred, of length 1."""
         request = inference_pb2.EmbedRequest(**calls.prompt_fields(prompt))
         response = self._inference.Embed(request, **self._call())
         return list(response.embedding)
@@ -159,6 +159,25 @@ class Client:
             name, to_version=to_version, scope=scope, owner=owner, reason=reason
         )
         return self._learning.RollbackAdapter(request, **self._call())
+
+    def load_adapter(self, name: str, path: str) -> learning_pb2.Adapter:
+        """Serve a LoRA from a directory of the server, or replace the one of that name."""
+        request = learning_pb2.LoadAdapterRequest(name=name, path=path)
+        return (self._learning.LoadAdapter(request, **self._call())).adapter
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget a LoRA; requests under way keep it."""
+        request = learning_pb2.UnloadAdapterRequest(name=name)
+        self._learning.UnloadAdapter(request, **self._call())
+
+    def score(
+        self, prompt: PromptLike, continuation: str, *, adapter: str = ""
+    ) -> inference_pb2.ScoreResponse:
+        """How likely a continuation is; nothing is generated."""
+        request = inference_pb2.ScoreRequest(
+            continuation=continuation, adapter=adapter, **calls.prompt_fields(prompt)
+        )
+        return self._inference.Score(request, **self._call())
 
     def events(self, *kinds: str) -> Generator[learning_pb2.Event, None, None]:
         """Events from now on; kinds by name ("adapter_published"), none: all."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 
+from adapters.loras import LoraInfo
 from adapters.store.records import Scope
 from sona.journal.records import (
     Correction,
@@ -49,6 +50,7 @@ _EVENT = {
     EventKind.LEARNING_PAUSED: learning_pb2.EVENT_KIND_LEARNING_PAUSED,
     EventKind.LEARNING_RESUMED: learning_pb2.EVENT_KIND_LEARNING_RESUMED,
     EventKind.LEARNING_FAILED: learning_pb2.EVENT_KIND_LEARNING_FAILED,
+    EventKind.ADAPTER_UNLOADED: learning_pb2.EVENT_KIND_ADAPTER_UNLOADED,
 }
 
 
@@ -153,6 +155,20 @@ def adapter(info: AdapterInfo) -> learning_pb2.Adapter:
         size_bytes=info.num_bytes,
         create_time=timestamp(info.created),
         update_time=timestamp(info.updated),
+        kind=learning_pb2.ADAPTER_KIND_HEAD,
+    )
+
+
+def lora(info: LoraInfo) -> learning_pb2.Adapter:
+    return learning_pb2.Adapter(
+        name=info.name,
+        scope=common_pb2.SCOPE_TENANT,
+        version=info.version,
+        size_bytes=info.num_bytes,
+        create_time=timestamp(info.created),
+        update_time=timestamp(info.created),
+        kind=learning_pb2.ADAPTER_KIND_LORA,
+        rank=info.rank,
     )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
+from adapters.loras import LoraInfo
 from adapters.store.records import Scope
 from sona.auth import Principal, current_principal
 from sona.checks import MAX_DIGITS
@@ -75,16 +76,16 @@ class LearningService(LearningServiceServicer):
         principal = current_principal()
         page_size = min(request.page_size or _PAGE_SIZE, _MAX_PAGE_SIZE)
         scope, after = _scope(request.scope), _parse_page_token(request.page_token)
-        visible = sorted(await self._learning.list_adapters(principal), key=_order)
+        loras = await self._learning.list_loras(principal)
+        visible = sorted([*loras, *await self._learning.list_adapters(principal)], key=_order)
         rest = [
             info
             for info in visible
-            if (scope is None or info.slot.scope == scope)
-            and (after is None or _order(info) > after)
+            if scope in (None, _scope_of(info)) and (after is None or _order(info) > after)
         ]
         page = rest[:page_size]
         return learning_pb2.ListAdaptersResponse(
-            adapters=[convert_learning.adapter(info) for info in page],
+            adapters=[_adapter(info) for info in page],
             next_page_token=_page_token(page[-1]) if len(rest) > len(page) else "",
         )
 
@@ -127,6 +128,28 @@ class LearningService(LearningServiceServicer):
             rolled_back_feedback_ids=done.feedback_ids,
         )
 
+    @unary
+    async def LoadAdapter(
+        self, request: learning_pb2.LoadAdapterRequest, context: Context
+    ) -> learning_pb2.LoadAdapterResponse:
+        """Operators only: it reads files of the server, and every principal may use it."""
+        principal = current_principal()
+        principal.require("operator", "LoadAdapter")
+        if not request.path:
+            raise InvalidField("path", "path is empty; name the LoRA's directory on the server")
+        info = await self._learning.load_lora(_name(request.name), request.path, principal)
+        return learning_pb2.LoadAdapterResponse(adapter=convert_learning.lora(info))
+
+    @unary
+    async def UnloadAdapter(
+        self, request: learning_pb2.UnloadAdapterRequest, context: Context
+    ) -> learning_pb2.UnloadAdapterResponse:
+        """Operators only."""
+        principal = current_principal()
+        principal.require("operator", "UnloadAdapter")
+        await self._learning.unload_lora(_name(request.name), principal)
+        return learning_pb2.UnloadAdapterResponse()
+
     @streaming
     async def WatchEvents(
         self, request: learning_pb2.WatchEventsRequest, context: Context
@@ -143,8 +166,6 @@ class LearningService(LearningServiceServicer):
     StartDeepRun = not_built("StartDeepRun")
     GetDeepRun = not_built("GetDeepRun")
     CancelDeepRun = not_built("CancelDeepRun")
-    LoadAdapter = not_built("LoadAdapter")
-    UnloadAdapter = not_built("UnloadAdapter")
     ExportAdapter = not_built("ExportAdapter")
     PromoteAdapter = not_built("PromoteAdapter")
     RemoveInfluence = not_built("RemoveInfluence")
@@ -181,11 +202,23 @@ def _reason(reason: str) -> str:
 _Order = tuple[int, str, str]
 
 
-def _order(info: AdapterInfo) -> _Order:
+def _order(info: AdapterInfo | LoraInfo) -> _Order:
+    """LoRAs by name, then patterns by number."""
+    if isinstance(info, LoraInfo):
+        return (0, "tenant", info.name)
     return (info.slot.pattern_id, info.slot.scope, info.slot.owner)
 
 
-def _page_token(last: AdapterInfo) -> str:
+def _scope_of(info: AdapterInfo | LoraInfo) -> Scope:
+    return "tenant" if isinstance(info, LoraInfo) else info.slot.scope
+
+
+def _adapter(info: AdapterInfo | LoraInfo) -> learning_pb2.Adapter:
+    is_lora = isinstance(info, LoraInfo)
+    return convert_learning.lora(info) if is_lora else convert_learning.adapter(info)
+
+
+def _page_token(last: AdapterInfo | LoraInfo) -> str:
     pattern_id, scope, owner = _order(last)
     return f"{pattern_id}/{scope}/{owner}"
 

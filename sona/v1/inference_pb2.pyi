@@ -401,7 +401,10 @@ class GenerateRequest(_message.Message):
     text: _builtins.str
     """Plain text, continued by the model."""
     adapter: _builtins.str
-    """"name", "name@version", or "none" for the base model; empty: what was learned for the caller."""
+    """Empty: what was learned for the caller. "none": the base model. "pattern-7" or "pattern-7@3":
+    a learned version. "style": a LoRA. "style:0.7+legal@2:0.3": LoRAs merged by weight; "+own" or
+    "+pattern-7" puts what was learned above them.
+    """
     use_patterns: _builtins.bool
     """Inject notes of the reasoning bank. True is not built yet."""
     learn: _builtins.bool

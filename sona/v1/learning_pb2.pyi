@@ -50,6 +50,30 @@ LEARNING_STATE_DISABLED: LearningState.ValueType  # 3
 """It was started with --no-learn."""
 Global___LearningState: _TypeAlias = LearningState  # noqa: Y015
 
+class _AdapterKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _AdapterKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AdapterKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ADAPTER_KIND_UNSPECIFIED: _AdapterKind.ValueType  # 0
+    """Not said."""
+    ADAPTER_KIND_HEAD: _AdapterKind.ValueType  # 1
+    """Edits of the head, learned from feedback: its name is "pattern-" and a number."""
+    ADAPTER_KIND_LORA: _AdapterKind.ValueType  # 2
+    """A LoRA inside the model, loaded from files; every principal of the tenant may ask for it."""
+
+class AdapterKind(_AdapterKind, metaclass=_AdapterKindEnumTypeWrapper):
+    """Kinds of adapters."""
+
+ADAPTER_KIND_UNSPECIFIED: AdapterKind.ValueType  # 0
+"""Not said."""
+ADAPTER_KIND_HEAD: AdapterKind.ValueType  # 1
+"""Edits of the head, learned from feedback: its name is "pattern-" and a number."""
+ADAPTER_KIND_LORA: AdapterKind.ValueType  # 2
+"""A LoRA inside the model, loaded from files; every principal of the tenant may ask for it."""
+Global___AdapterKind: _TypeAlias = AdapterKind  # noqa: Y015
+
 class _RevisionKind:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -102,6 +126,8 @@ class _EventKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EventKind.V
     """Learning was resumed."""
     EVENT_KIND_LEARNING_FAILED: _EventKind.ValueType  # 8
     """A learning step failed; what was live stays."""
+    EVENT_KIND_ADAPTER_UNLOADED: _EventKind.ValueType  # 9
+    """A LoRA was unloaded."""
 
 class EventKind(_EventKind, metaclass=_EventKindEnumTypeWrapper):
     """Kinds of events."""
@@ -124,6 +150,8 @@ EVENT_KIND_LEARNING_RESUMED: EventKind.ValueType  # 7
 """Learning was resumed."""
 EVENT_KIND_LEARNING_FAILED: EventKind.ValueType  # 8
 """A learning step failed; what was live stays."""
+EVENT_KIND_ADAPTER_UNLOADED: EventKind.ValueType  # 9
+"""A LoRA was unloaded."""
 Global___EventKind: _TypeAlias = EventKind  # noqa: Y015
 
 @_typing.final
@@ -498,6 +526,8 @@ class Adapter(_message.Message):
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name, for example "pattern-7"."""
     pattern_id: _builtins.int
@@ -514,6 +544,10 @@ class Adapter(_message.Message):
     """Confirmed positions it keeps as they are."""
     size_bytes: _builtins.int
     """Host bytes of the live version."""
+    kind: Global___AdapterKind.ValueType
+    """What it is."""
+    rank: _builtins.int
+    """Of a LoRA: its rank."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When its first version was made."""
@@ -535,10 +569,12 @@ class Adapter(_message.Message):
         size_bytes: _builtins.int = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         update_time: _timestamp_pb2.Timestamp | None = ...,
+        kind: Global___AdapterKind.ValueType = ...,
+        rank: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "name", b"name", "num_constraints", b"num_constraints", "num_edits", b"num_edits", "owner", b"owner", "pattern_id", b"pattern_id", "scope", b"scope", "size_bytes", b"size_bytes", "update_time", b"update_time", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "kind", b"kind", "name", b"name", "num_constraints", b"num_constraints", "num_edits", b"num_edits", "owner", b"owner", "pattern_id", b"pattern_id", "rank", b"rank", "scope", b"scope", "size_bytes", b"size_bytes", "update_time", b"update_time", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -727,9 +763,9 @@ class LoadAdapterRequest(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     PATH_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """The name it will have."""
+    """The name to ask for it by: letters, digits, dots, dashes and underscores."""
     path: _builtins.str
-    """Directory on the server."""
+    """A directory on the server with adapter_config.json and adapter_model.safetensors."""
     def __init__(
         self,
         *,

@@ -178,14 +178,15 @@ class LearningServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def LoadAdapter(self, request, context):
-        """Loads an adapter from files. Not built yet: UNIMPLEMENTED.
+        """Reads a LoRA that the peft package wrote and serves it by name, replacing one of that name.
+        Operators only. Requests under way keep the version they began with.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UnloadAdapter(self, request, context):
-        """Forgets a loaded adapter. Not built yet: UNIMPLEMENTED.
+        """Forgets a loaded LoRA. Operators only. Requests under way keep it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -50,9 +50,11 @@ class LearningServiceStub:
     GetAdapter: _grpc.UnaryUnaryMultiCallable[_learning_pb2.GetAdapterRequest, _learning_pb2.GetAdapterResponse]
     """One adapter with its versions."""
     LoadAdapter: _grpc.UnaryUnaryMultiCallable[_learning_pb2.LoadAdapterRequest, _learning_pb2.LoadAdapterResponse]
-    """Loads an adapter from files. Not built yet: UNIMPLEMENTED."""
+    """Reads a LoRA that the peft package wrote and serves it by name, replacing one of that name.
+    Operators only. Requests under way keep the version they began with.
+    """
     UnloadAdapter: _grpc.UnaryUnaryMultiCallable[_learning_pb2.UnloadAdapterRequest, _learning_pb2.UnloadAdapterResponse]
-    """Forgets a loaded adapter. Not built yet: UNIMPLEMENTED."""
+    """Forgets a loaded LoRA. Operators only. Requests under way keep it."""
     ExportAdapter: _grpc.UnaryUnaryMultiCallable[_learning_pb2.ExportAdapterRequest, _learning_pb2.ExportAdapterResponse]
     """Writes an adapter as files. Not built yet: UNIMPLEMENTED."""
     PromoteAdapter: _grpc.UnaryUnaryMultiCallable[_learning_pb2.PromoteAdapterRequest, _learning_pb2.PromoteAdapterResponse]
@@ -88,9 +90,11 @@ class LearningServiceAsyncStub(LearningServiceStub):
     GetAdapter: _aio.UnaryUnaryMultiCallable[_learning_pb2.GetAdapterRequest, _learning_pb2.GetAdapterResponse]  # type: ignore[assignment]
     """One adapter with its versions."""
     LoadAdapter: _aio.UnaryUnaryMultiCallable[_learning_pb2.LoadAdapterRequest, _learning_pb2.LoadAdapterResponse]  # type: ignore[assignment]
-    """Loads an adapter from files. Not built yet: UNIMPLEMENTED."""
+    """Reads a LoRA that the peft package wrote and serves it by name, replacing one of that name.
+    Operators only. Requests under way keep the version they began with.
+    """
     UnloadAdapter: _aio.UnaryUnaryMultiCallable[_learning_pb2.UnloadAdapterRequest, _learning_pb2.UnloadAdapterResponse]  # type: ignore[assignment]
-    """Forgets a loaded adapter. Not built yet: UNIMPLEMENTED."""
+    """Forgets a loaded LoRA. Operators only. Requests under way keep it."""
     ExportAdapter: _aio.UnaryUnaryMultiCallable[_learning_pb2.ExportAdapterRequest, _learning_pb2.ExportAdapterResponse]  # type: ignore[assignment]
     """Writes an adapter as files. Not built yet: UNIMPLEMENTED."""
     PromoteAdapter: _aio.UnaryUnaryMultiCallable[_learning_pb2.PromoteAdapterRequest, _learning_pb2.PromoteAdapterResponse]  # type: ignore[assignment]
@@ -177,7 +181,9 @@ class LearningServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _learning_pb2.LoadAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_learning_pb2.LoadAdapterResponse, _abc.Awaitable[_learning_pb2.LoadAdapterResponse]]:
-        """Loads an adapter from files. Not built yet: UNIMPLEMENTED."""
+        """Reads a LoRA that the peft package wrote and serves it by name, replacing one of that name.
+        Operators only. Requests under way keep the version they began with.
+        """
 
     @_abc_1.abstractmethod
     def UnloadAdapter(
@@ -185,7 +191,7 @@ class LearningServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _learning_pb2.UnloadAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_learning_pb2.UnloadAdapterResponse, _abc.Awaitable[_learning_pb2.UnloadAdapterResponse]]:
-        """Forgets a loaded adapter. Not built yet: UNIMPLEMENTED."""
+        """Forgets a loaded LoRA. Operators only. Requests under way keep it."""
 
     @_abc_1.abstractmethod
     def ExportAdapter(

@@ -72,9 +72,9 @@ def head(seed, version=1):
 async def test_a_prefix_of_an_older_lora_version_is_never_read_by_a_newer_one(checkpoint):
     ids = prompt(0, 100)
     old, new = lora(checkpoint, 1, version=1), lora(checkpoint, 1, version=2)
-    async with running_engine(checkpoint[0]) as engine:
+    async with running_engine(checkpoint[0], max_loras=2) as engine:
         cold = await final(engine, replace(greedy("cold", ids, 12), lora=new))
-    async with running_engine(checkpoint[0]) as engine:
+    async with running_engine(checkpoint[0], max_loras=2) as engine:
         before = await final(engine, replace(greedy("old", ids, 12), lora=old))
         after = await final(engine, replace(greedy("new", ids, 12), lora=new))
         again = await final(engine, replace(greedy("again", ids, 12), lora=new))
@@ -272,7 +272,7 @@ async def test_more_loras_than_slots_wait_for_each_other(checkpoint):
 async def test_a_lora_that_does_not_fit_is_refused_before_any_work(checkpoint):
     wide = lora(checkpoint, 1, rank=17)
     other = LoraRef("other", 1, ("o",), random_lora({**checkpoint[1], "hidden_size": 32}, seed=1))
-    async with running_engine(checkpoint[0]) as engine:
+    async with running_engine(checkpoint[0], max_loras=2) as engine:
         with pytest.raises(InvalidJob, match="rank 17; a slot holds 16"):
             await final(engine, replace(greedy("a", [1], 5), lora=wide))
         with pytest.raises(InvalidJob, match="this model takes"):

@@ -20,7 +20,7 @@ from sona.v1.feedback_pb2_grpc import FeedbackServiceStub
 from sona.v1.inference_pb2_grpc import InferenceServiceStub
 
 NOT_BUILT = {
-    "StartDeepRun", "GetDeepRun", "CancelDeepRun", "LoadAdapter", "UnloadAdapter",
+    "StartDeepRun", "GetDeepRun", "CancelDeepRun",
     "ExportAdapter", "PromoteAdapter", "RemoveInfluence", "ListPolicies", "SearchPatterns",
     "GetPattern", "ListPatterns", "PutPattern", "DeletePattern", "GetBankStats", "Drain",
     "SearchWitness", "VerifyWitness",

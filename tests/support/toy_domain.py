@@ -54,9 +54,10 @@ MODEL = ModelInfo(
 PLAN = EnginePlan(
     dtype="float32", max_len=64, max_num_seqs=2, max_waiting=4, page_size=8, num_pages=10,
     pages_per_seq=8, page_bytes=128, decode_buckets=(2,), prefill_buckets=(16,), prefill_chunk=16,
-    slice_tokens=16, is_deterministic=False, num_head_slots=4, head_rank=2, head_rows=8,
-    head_tokens=4, learning_fraction=0.15, max_waiting_tokens=64, priority_patience_s=10.0,
-    step_tokens=18, caches_prefixes=True, session_pages=2, session_idle_s=60.0, num_lora_slots=1,
+    slice_tokens=16, is_deterministic=False, splits_step=False, num_head_slots=4, head_rank=2,
+    head_rows=8, head_tokens=4, learning_fraction=0.15, max_waiting_tokens=64,
+    priority_patience_s=10.0, step_tokens=18, caches_prefixes=True, session_pages=2,
+    session_idle_s=60.0, num_lora_slots=1,
     lora_rank=8, lora_on_head=False,
 )  # fmt: skip
 

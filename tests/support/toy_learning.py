@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator
 
 from adapters.errors import AdapterNotFound
+from adapters.loras import LoraInfo
 from adapters.store import SlotKey, VersionInfo
 from sona.auth import Principal
 from sona.journal import FeedbackState
@@ -27,6 +28,7 @@ class ToyLearning:
         self.reason = ""
         self.rolled_back: list[tuple[SlotKey, int | None, str, Principal]] = []
         self.watchers = 0
+        self.loras: dict[str, LoraInfo] = {}
         self.unwatched = asyncio.Event()  # set: a watcher has left
         self.infos = (
             adapter_info(3, ""), adapter_info(1, "ann"), adapter_info(2, "bob"),
@@ -45,6 +47,22 @@ class ToyLearning:
 
     async def list_adapters(self, principal: Principal) -> tuple[AdapterInfo, ...]:
         return self.infos
+
+    async def list_loras(self, principal: Principal) -> tuple[LoraInfo, ...]:
+        return tuple(self.loras.values())
+
+    async def load_lora(self, name: str, path: str, principal: Principal) -> LoraInfo:
+        version = self.loras[name].version + 1 if name in self.loras else 1
+        self.loras[name] = LoraInfo(
+            tenant=principal.tenant, name=name, version=version, base_hash="abc", rank=4,
+            num_parameters=100, num_bytes=400, source=path, created=1_700_000_000.0,
+        )  # fmt: skip
+        return self.loras[name]
+
+    async def unload_lora(self, name: str, principal: Principal) -> LoraInfo:
+        if name not in self.loras:
+            raise AdapterNotFound(f"no LoRA {name!r}")
+        return self.loras.pop(name)
 
     async def get_adapter(
         self, name: str, scope: str | None, owner: str, principal: Principal

@@ -35,35 +35,44 @@ def adapter_of(stack: LoraStack, slots: Int[Array, " B"]) -> Adapt:
         return unadapted
     num_blocks = (jnp.max(stack.rank[slots]) + BLOCK_RANKS - 1) // BLOCK_RANKS
 
-    def adapt(layer: int, module: str, x: Array, y: Array) -> Array:
-        if module not in stack.a:
-            return y
-        return add_lora_delta(y, x, stack.a[module], stack.b[module], layer, slots, num_blocks)
+    def adapt(layer: int, x: Array, outputs: dict[str, Array]) -> tuple[Array, ...]:
+        modules = tuple(module for module in outputs if module in stack.a)
+        factors = tuple((stack.a[module], stack.b[module]) for module in modules)
+        ys = tuple(outputs[module] for module in modules)
+        adapted = add_lora_delta(ys, x, factors, layer, slots, num_blocks)
+        return tuple((outputs | dict(zip(modules, adapted, strict=True))).values())
 
     return adapt
 
 
 def add_lora_delta(
-    y: Float[Array, "B T Y"],
+    ys: tuple[Float[Array, "B T _"], ...],
     x: Float[Array, "B T X"],
-    a: Float[Array, "L S R X"],
-    b: Float[Array, "L S R Y"],
+    factors: tuple[tuple[Float[Array, "L S R X"], Float[Array, "L S R _"]], ...],
     layer: int,
     slots: Int[Array, " B"],
     num_blocks: Int[Array, ""],
-) -> Float[Array, "B T Y"]:
-    """The module's output `y` with every row's adapter; sums run in float32."""
-    block = min(BLOCK_RANKS, a.shape[2])
+) -> tuple[Float[Array, "B T _"], ...]:
+    """Outputs of the modules that read `x`, with every row's adapter; sums run in float32."""
+    if not ys:
+        return ys
+    block = min(BLOCK_RANKS, factors[0][0].shape[2])
 
     def ranks(stack: Array, index: Array) -> Array:
         size = (1, 1, block, stack.shape[3])
-        start = lambda slot: (layer, slot, index * block, 0)  # noqa: E731
-        return jax.vmap(lambda slot: jax.lax.dynamic_slice(stack, start(slot), size)[0, 0])(slots)
+        start = index * block
+        return jax.vmap(
+            lambda slot: jax.lax.dynamic_slice(stack, (layer, slot, start, 0), size)[0, 0]
+        )(slots)
 
-    def visit(index: Array, total: Array) -> Array:
+    def visit(index: Array, totals: tuple[Array, ...]) -> tuple[Array, ...]:
         wide = {"preferred_element_type": jnp.float32}
-        inner = jnp.einsum("BTX,BRX->BTR", x, ranks(a, index), **wide)
-        return total + jnp.einsum("BTR,BRY->BTY", inner.astype(x.dtype), ranks(b, index), **wide)
+        added = []
+        for total, (a, b) in zip(totals, factors, strict=True):
+            inner = jnp.einsum("BTX,BRX->BTR", x, ranks(a, index), **wide).astype(x.dtype)
+            added.append(total + jnp.einsum("BTR,BRY->BTY", inner, ranks(b, index), **wide))
+        return tuple(added)
 
-    start = y.astype(jnp.float32)
-    return jax.lax.fori_loop(0, num_blocks, visit, start).astype(y.dtype)
+    wide_ys = tuple(y.astype(jnp.float32) for y in ys)
+    totals = jax.lax.fori_loop(0, num_blocks, visit, wide_ys)
+    return tuple(total.astype(y.dtype) for total, y in zip(totals, ys, strict=True))
