@@ -50,3 +50,13 @@ def latency(output: Path | None) -> None:
 
     with failures_told():
         sys.exit(sona.bench.latency.run(output=output))
+
+
+@bench.command()
+@click.option("--only", type=click.Choice(["steps", "prefix", "fairness"]), default=None)
+@_OUTPUT
+def engine(only: str | None, output: Path | None) -> None:
+    """What many users cost each other: LoRAs, forms, cached prefixes, fair shares."""
+    import sona.bench.engine
+
+    sys.exit(sona.bench.engine.run(only=only or "", output=output))

@@ -47,7 +47,7 @@ async def ann(server):
         ("a", {"top_p": 0.0}, CODE.INVALID_ARGUMENT, "top_p is 0"),
         ("a", {"max_tokens": 0}, CODE.INVALID_ARGUMENT, "max_tokens is 0"),
         ("a", {"adapter": "pattern-99"}, CODE.NOT_FOUND, "pattern-99"),
-        ("a", {"adapter": "no such"}, CODE.NOT_FOUND, "no such"),
+        ("a", {"adapter": "nosuch"}, CODE.NOT_FOUND, "nosuch"),
         ("a", {"adapter": f"pattern-{10**22}"}, CODE.NOT_FOUND, "no adapter"),
         ("a", {"top_k": 2**31}, CODE.INVALID_ARGUMENT, "0 (all) to 2147483647"),
         ("a", {"model": "gpt"}, CODE.NOT_FOUND, "'gpt' is not served"),

@@ -42,7 +42,7 @@ async def said(client, adapter, **options):
 async def refusal(call):
     with pytest.raises(grpc.RpcError) as caught:
         await call
-    return caught.value.code(), caught.value.details()
+    return caught.value.code(), str(caught.value.details())
 
 
 @pytest.mark.timeout(300)
@@ -82,7 +82,7 @@ async def test_the_life_of_a_lora(tmp_path):
         long = {"max_tokens": 300}
         whole, _, _ = await said(client, "style", **long)
         stream = client.stream(ASK, adapter="style", **{**GREEDY, **long})
-        tokens = []
+        tokens, shaped, replaced = [], None, None
         async for event in stream:
             if event.HasField("delta"):
                 if not tokens:
@@ -90,7 +90,8 @@ async def test_the_life_of_a_lora(tmp_path):
                 tokens += event.delta.token_ids
             if event.HasField("final"):
                 shaped = [(one.name, one.version) for one in event.final.adapter_versions]
-        assert (replaced.version, shaped, tokens) == (2, [("style", 1)], whole)
+        assert replaced is not None and replaced.version == 2
+        assert (shaped, tokens) == ([("style", 1)], whole)
         newer, versions, _ = await said(client, "style")
         assert versions == [("style", 2)]
         assert newer not in (base, style)

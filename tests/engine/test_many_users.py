@@ -191,9 +191,9 @@ async def test_score_is_what_generation_would_have_said(checkpoint):
 
 
 @pytest.mark.parametrize("kind", FORMS)
-@pytest.mark.parametrize("deterministic", [False, True])
-async def test_answers_keep_to_their_form_and_so_do_their_states(checkpoint, kind, deterministic):
-    async with running_engine(checkpoint[0], deterministic=deterministic) as engine:
+@pytest.mark.parametrize("settings", [{}, {"deterministic": True}, {"splits_step": True}], ids=str)
+async def test_answers_keep_to_their_form_and_so_do_their_states(checkpoint, kind, settings):
+    async with running_engine(checkpoint[0], **settings) as engine:
         for seed in range(4):
             sampling = SamplingParams(temperature=1.5, seed=seed, max_tokens=200)
             job = Job(

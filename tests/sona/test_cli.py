@@ -68,7 +68,7 @@ def test_every_command_is_there_and_helps():
     groups: Any = main.commands
     assert {name: set(groups[name].commands) for name in ("learning", "adapters")} == {
         "learning": {"status", "pause", "resume"},
-        "adapters": {"list", "show", "rollback"},
+        "adapters": {"list", "show", "load", "unload", "rollback"},
     }
     for name in main.commands:
         assert "Usage:" in local(name, "--help").output

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+from dataclasses import replace
 from pathlib import Path
 
 from engine.api import Job, SamplingParams
@@ -14,10 +15,11 @@ SMALL = {"max_num_seqs": 4, "max_learned_slots": 8, "prefill_chunk": 64, "num_pa
 
 
 @contextlib.asynccontextmanager
-async def running_engine(directory: Path, **settings):
+async def running_engine(directory: Path, *, splits_step=False, **settings):
     """An EngineClient on this event loop, closed at the end."""
     model = load_checkpoint(directory)
     plan = plan_engine(EngineConfig(**{**SMALL, **settings}), model.config, platform="cpu")
+    plan = replace(plan, splits_step=splits_step)  # as on an accelerator
     tokenizer = Tokenizer.load(
         directory, vocab_size=model.config.vocab_size, eos_ids=model.config.eos_ids
     )
