@@ -21,14 +21,14 @@ QWEN25_05B = ModelConfig(
 _LONGEST = 12  # bytes of a made-up token
 
 
-def random_model(config: ModelConfig, *, seed: int = 0) -> LoadedModel:
+def random_model(config: ModelConfig, *, seed: int = 0, dtype: str = "float32") -> LoadedModel:
     """Normal weights of a trained model's size: activations stay finite, logits are flat."""
-    rng = np.random.default_rng(seed)
+    rng, kind = np.random.default_rng(seed), jnp.dtype(dtype)
     with jax.numpy_dtype_promotion("standard"):  # in flax's initialisers; nothing is computed
         abstract = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     graph, shapes = nnx.split(abstract)
     leaves = [
-        (path, leaf.replace(jnp.asarray(rng.standard_normal(leaf.shape, np.float32) * 0.02)))
+        (path, leaf.replace(jnp.asarray(rng.standard_normal(leaf.shape, np.float32) * 0.02, kind)))
         for path, leaf in nnx.to_flat_state(shapes)
     ]
     return LoadedModel(config, graph, nnx.from_flat_state(leaves), base_hash="random")

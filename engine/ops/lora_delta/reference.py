@@ -66,11 +66,16 @@ def add_lora_delta(
         )(slots)
 
     def visit(index: Array, totals: tuple[Array, ...]) -> tuple[Array, ...]:
-        wide = {"preferred_element_type": jnp.float32}
         added = []
         for total, (a, b) in zip(totals, factors, strict=True):
-            inner = jnp.einsum("BTX,BRX->BTR", x, ranks(a, index), **wide).astype(x.dtype)
-            added.append(total + jnp.einsum("BTR,BRY->BTY", inner, ranks(b, index), **wide))
+            inner = jnp.einsum(
+                "BTX,BRX->BTR", x, ranks(a, index), preferred_element_type=jnp.float32
+            )
+            outer = ranks(b, index).astype(jnp.float32)
+            # Rank by rank: XLA:CPU fuses and vectorises it, a batch of thin products it does not.
+            for rank in range(block):
+                total = total + inner[:, :, rank, None] * outer[:, None, rank]
+            added.append(total)
         return tuple(added)
 
     wide_ys = tuple(y.astype(jnp.float32) for y in ys)
