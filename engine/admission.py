@@ -24,6 +24,7 @@ PROMPT_COST = 1.0
 GENERATED_COST = 2.0
 _AGED_EVERY = 4  # admissions of a tenant
 _LONGEST_RETRY_S = 60.0
+_MOST_KEPT = 4_096  # counters, before those that say nothing are dropped
 
 
 class _Line:
@@ -115,6 +116,10 @@ class WaitingQueue:
             self._served.clear()  # nobody is here: nobody is ahead
         if not self._active[tenant]:
             least = min((self._served[name] for name in self._active if name != tenant), default=0)
+            if len(self._served) >= _MOST_KEPT:  # who is behind the active ones gets level anyway
+                self._served = {
+                    n: c for n, c in self._served.items() if n in self._active or c > least
+                }
             self._served[tenant] = max(self._served.get(tenant, 0), least)
         self._active[tenant] += 1
         self._numbers += 1

@@ -165,6 +165,20 @@ def test_a_job_that_cannot_end_in_time_is_late():
     assert not door.queue.is_late(waiting)  # what was begun goes on
 
 
+def test_tenants_that_have_gone_are_forgotten(monkeypatch):
+    monkeypatch.setattr("engine.admission._MOST_KEPT", 10)
+    door = Door()
+    stays = door.arrive("stays")
+    door.admit(1000.0)
+    for index in range(50):
+        gone = door.arrive(f"t{index}")  # level with the one that stays
+        door.admit(0.0)
+        door.queue.leave(gone)
+    assert len(door.queue._served) <= 11
+    assert door.queue.served("stays") == 1000.0
+    door.queue.leave(stays)
+
+
 def test_leaving_is_counted_once_and_for_good():
     door = Door()
     sequences = [door.arrive("a"), door.arrive("b")]
