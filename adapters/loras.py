@@ -46,7 +46,6 @@ class LoraInfo:
     version: int
     base_hash: str
     rank: int
-    num_parameters: int
     num_bytes: int  # of the table in host memory
     source: str  # the directory it was read from
     created: float  # unix seconds, of this version
@@ -100,7 +99,6 @@ class LoraStore:
                 version=version,
                 base_hash=base_hash,
                 rank=table.rank,
-                num_parameters=table.num_bytes // 4,
                 num_bytes=table.num_bytes,
                 source=source,
                 created=self._clock(),

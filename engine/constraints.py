@@ -38,10 +38,6 @@ class Matcher:
         """Another answer of the same form, from the same point on."""
         return Matcher(self._inner.deep_copy())
 
-    def restart(self) -> None:
-        """Begin the form again."""
-        self._inner.reset()
-
     def accept(self, token_id: int) -> None:
         """The answer goes on with this token. Raises EngineError when it may not."""
         if not self._inner.consume_token(token_id):

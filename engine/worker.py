@@ -185,9 +185,8 @@ class Worker:
     def _sample_first(self, sequence: Sequence) -> None:
         hidden, sequence.parked_hidden = sequence.parked_hidden, None
         assert hidden is not None
-        masks = self._masks([sequence])
-        if sequence in self._live:
-            self._accept(sequence, self._runner.sample_one(sequence, hidden, masks), 0)
+        sampled = self._runner.sample_one(sequence, hidden, self._masks([sequence]))
+        self._accept(sequence, sampled, 0)
 
     def _seat_lora(self, sequence: Sequence) -> None:
         sequence.lora_slot = self._acquire_lora(sequence)

@@ -143,10 +143,6 @@ class PrefixCache:
             short -= 1
         return True
 
-    def clear(self) -> None:
-        """Forget everything that nobody reads."""
-        self.make_room(self._pages.num_free + self._pages.num_idle)
-
     def _next_idle(self) -> Node | None:
         """The least recently used leaf that nobody holds; sessions yield last."""
         while True:

@@ -55,7 +55,7 @@ class ToyLearning:
         version = self.loras[name].version + 1 if name in self.loras else 1
         self.loras[name] = LoraInfo(
             tenant=principal.tenant, name=name, version=version, base_hash="abc", rank=4,
-            num_parameters=100, num_bytes=400, source=path, created=1_700_000_000.0,
+            num_bytes=400, source=path, created=1_700_000_000.0,
         )  # fmt: skip
         return self.loras[name]
 
