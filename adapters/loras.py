@@ -165,7 +165,7 @@ class LoraStore:
         """LoRAs merged by weight, as one. Raises CandidateRejected for a weight out of range."""
         if len(parts) == 1 and parts[0][1] == 1.0:
             return parts[0][0]
-        names = [f"{ref.name}@{ref.version}:{weight:g}" for ref, weight in parts]
+        names = [f"{ref.name}@{ref.version}:{weight!r}" for ref, weight in parts]
         key = ("mix", tenant, *names)
         with self._lock:
             table = self._tables.get(key)

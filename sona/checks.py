@@ -94,13 +94,18 @@ def parse_adapter(text: str) -> AdapterChoice:
     return AdapterMix(tuple(loras), head) if loras else head
 
 
+def is_pattern_name(name: str) -> bool:
+    """Whether a name is that of a learned adapter; every other one is a LoRA's."""
+    return _PATTERN.fullmatch(name) is not None
+
+
 def _parse_term(term: str, text: str) -> AdapterPin | LoraPin | Literal["own"]:
     """One of the names that are joined with +."""
     if term == "own":
         return "own"
     found = _TERM.fullmatch(term)
     weight = float(found["weight"]) if found and found["weight"] else 1.0
-    is_pattern = found is not None and _PATTERN.fullmatch(found["name"])
+    is_pattern = found is not None and is_pattern_name(found["name"])
     if found is None or (is_pattern and found["weight"]) or not math.isfinite(weight):
         raise InvalidField(
             "adapter",

@@ -68,6 +68,10 @@ class LearningService:
         """What the tenant has loaded, by name."""
         return tuple(self.loras.all_of(principal.tenant))
 
+    async def get_lora(self, name: str, principal: Principal) -> LoraInfo:
+        """The one of that name. Raises AdapterNotFound."""
+        return self.loras.get(principal.tenant, name)
+
     async def load_lora(self, name: str, path: str, principal: Principal) -> LoraInfo:
         """Read, check, store, and only then serve. Requests under way keep what they have."""
         if not self.lora_sizes:

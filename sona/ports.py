@@ -201,6 +201,10 @@ class Learning(Protocol):
         """What the caller's tenant has loaded."""
         ...
 
+    async def get_lora(self, name: str, principal: Principal) -> LoraInfo:
+        """The one of that name. Raises AdapterNotFound."""
+        ...
+
     async def load_lora(self, name: str, path: str, principal: Principal) -> LoraInfo:
         """Read a LoRA from a directory of the server and serve it; replaces one of that name.
 

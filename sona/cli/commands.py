@@ -8,7 +8,7 @@ from sona.cli.configure import config
 from sona.cli.demo import demo
 from sona.cli.doctor import doctor
 from sona.cli.feedback import feedback
-from sona.cli.generate import generate
+from sona.cli.generate import embed, generate, score
 from sona.cli.learning import learning
 from sona.cli.models import models
 from sona.cli.serve import serve
@@ -21,6 +21,7 @@ def main() -> None:
 
 
 for _command in (
-    serve, demo, generate, feedback, adapters, learning, doctor, bench, models, config,
+    serve, demo, generate, score, embed, feedback, adapters, learning, doctor, bench, models,
+    config,
 ):  # fmt: skip
     main.add_command(_command)

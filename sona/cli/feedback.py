@@ -17,23 +17,25 @@ if TYPE_CHECKING:
 @click.option("--pass", "is_pass", flag_value=True, type=bool, default=None, help="It was right.")
 @click.option("--fail", "is_pass", flag_value=False, type=bool, help="It was wrong.")
 @click.option("--score", type=float, help="From 0 (bad) to 1 (good).")
+@click.option("--choice-index", type=click.IntRange(min=0), default=0, help="Of several answers.")
 @click.option("--feedback-id", default="", help="Chosen by you, to repeat the call safely.")
 @click.option("--comment", default="", help="For people; never learned from.")
 @click.option("--preview", is_flag=True, help="Only show what would change.")
 @client_options
 def feedback(
     client: "Client", as_json: bool, request_id: str, feedback_id: str, comment: str,
-    preview: bool, **signals: Any,
+    preview: bool, choice_index: int, **signals: Any,
 ) -> None:  # fmt: skip
     """Give feedback on the answer to REQUEST_ID: one of --correction, --pass, --fail, --score."""
     given = {name: value for name, value in signals.items() if value is not None}
     if len(given) != 1:
         raise click.UsageError("give exactly one of --correction, --pass, --fail, --score")
     if preview:
-        seen = client.preview(request_id, **given)
+        seen = client.preview(request_id, choice_index=choice_index, **given)
         show_json(seen) if as_json else _show_preview(seen)
         return
-    done = client.feedback(request_id, feedback_id=feedback_id, comment=comment, **given)
+    given |= {"feedback_id": feedback_id, "comment": comment, "choice_index": choice_index}
+    done = client.feedback(request_id, **given)
     if as_json:
         show_json(done)
         return

@@ -5,6 +5,7 @@ from contextlib import aclosing
 
 from adapters.loras import LoraInfo
 from adapters.store.records import Scope
+from sona import checks
 from sona.auth import Principal, current_principal
 from sona.checks import MAX_DIGITS
 from sona.errors import InvalidField
@@ -93,9 +94,12 @@ class LearningService(LearningServiceServicer):
     async def GetAdapter(
         self, request: learning_pb2.GetAdapterRequest, context: Context
     ) -> learning_pb2.GetAdapterResponse:
-        """One adapter with its versions, newest first."""
+        """One adapter with its versions, newest first; a LoRA has the loaded one alone."""
         principal = current_principal()
         owner = _owner(request.owner, principal, "GetAdapter")
+        if request.name and not checks.is_pattern_name(request.name):
+            lora = await self._learning.get_lora(request.name, principal)
+            return learning_pb2.GetAdapterResponse(adapter=convert_learning.lora(lora))
         found = await self._learning.get_adapter(
             _name(request.name), _scope(request.scope), owner, principal
         )

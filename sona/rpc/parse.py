@@ -128,7 +128,11 @@ def _constraint(request: inference_pb2.GenerateRequest) -> Constraint:
     else:
         choices = list(asked.choice.choices)
         if not choices or not all(choices):
-            raise InvalidField("constraint.choice", "send texts of one character or more")
+            what = "an empty text" if choices else "0 texts"
+            raise InvalidField(
+                "constraint.choice",
+                f"constraint.choice has {what}; send one text or more, none of them empty",
+            )
         constraint = Constraint("choice", json.dumps(choices, ensure_ascii=False))
     checks.check_constraint(constraint)
     return constraint

@@ -738,7 +738,7 @@ class GetAdapterResponse(_message.Message):
 
     @_builtins.property
     def revisions(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterRevision]:
-        """Its versions, newest first."""
+        """Its versions, newest first. A LoRA has none: only the loaded one is kept."""
 
     def __init__(
         self,

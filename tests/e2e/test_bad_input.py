@@ -13,6 +13,22 @@ from sona.v1 import inference_pb2, inference_pb2_grpc
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 CODE = grpc.StatusCode
+# Some 2^60 alternatives when they are written out.
+EXPLODING = {
+    "$ref": "#/$defs/d0",
+    "$defs": {
+        **{
+            f"d{i}": {
+                "allOf": [
+                    {"anyOf": [{"minLength": i}, {"$ref": f"#/$defs/d{i + 1}"}]},
+                    {"anyOf": [{"maxLength": 99 - i}, {"$ref": f"#/$defs/d{i + 1}"}]},
+                ]
+            }
+            for i in range(60)
+        },
+        "d60": {"type": "string"},
+    },
+}
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -51,6 +67,29 @@ async def ann(server):
         ("a", {"adapter": f"pattern-{10**22}"}, CODE.NOT_FOUND, "no adapter"),
         ("a", {"top_k": 2**31}, CODE.INVALID_ARGUMENT, "0 (all) to 2147483647"),
         ("a", {"model": "gpt"}, CODE.NOT_FOUND, "'gpt' is not served"),
+        ("a", {"n": 0}, CODE.INVALID_ARGUMENT, "sampling.n is 0"),
+        ("a", {"n": 1000}, CODE.INVALID_ARGUMENT, "sampling.n is 1000; this server has 4"),
+        ("a", {"min_p": 2.0}, CODE.INVALID_ARGUMENT, "sampling.min_p is 2"),
+        ("a", {"repetition_penalty": 0.0}, CODE.INVALID_ARGUMENT, "repetition_penalty is 0"),
+        ("a", {"presence_penalty": 2.5}, CODE.INVALID_ARGUMENT, "presence_penalty is 2.5"),
+        ("a", {"frequency_penalty": np.inf}, CODE.INVALID_ARGUMENT, "frequency_penalty is inf"),
+        ("a", {"logit_bias": {300: 1.0}}, CODE.INVALID_ARGUMENT, "logit_bias has 300; the vocab"),
+        ("a", {"logit_bias": {3: np.nan}}, CODE.INVALID_ARGUMENT, "logit_bias"),
+        ("a", {"logprobs": 1000}, CODE.INVALID_ARGUMENT, "logprobs is 1000"),
+        ("a", {"min_tokens": 9, "max_tokens": 3}, CODE.INVALID_ARGUMENT, "min_tokens is 9"),
+        ("a", {"stop": [""]}, CODE.INVALID_ARGUMENT, "stop is ('',); use texts of one"),
+        ("a", {"stop": ["x"] * 17}, CODE.INVALID_ARGUMENT, "use at most 16"),
+        ("a", {"stop_token_ids": [300]}, CODE.INVALID_ARGUMENT, "stop_token_ids has 300"),
+        ("a", {"session_id": "s" * 129}, CODE.INVALID_ARGUMENT, "session_id has 129"),
+        ("a", {"cache_salt": "\n"}, CODE.INVALID_ARGUMENT, "cache_salt"),
+        ("a", {"choice": []}, CODE.INVALID_ARGUMENT, "choice has 0 texts"),
+        ("a", {"choice": ["a", ""]}, CODE.INVALID_ARGUMENT, "choice has an empty text"),
+        ("a", {"regex": "("}, CODE.INVALID_ARGUMENT, "regex"),
+        ("a", {"grammar": "start: nosuch"}, CODE.INVALID_ARGUMENT, "nosuch"),
+        ("a", {"json_schema": "{"}, CODE.INVALID_ARGUMENT, "json_schema"),
+        ("a", {"json_schema": {"type": "number", "enum": ["x"]}}, CODE.INVALID_ARGUMENT, "schema"),
+        ("a", {"json_schema": {"enum": ["x" * 2**20]}}, CODE.INVALID_ARGUMENT, "bytes; use 1 to"),
+        ("a", {"json_schema": EXPLODING}, CODE.INVALID_ARGUMENT, "json_schema"),
     ],
 )
 async def test_generate_refuses(ann, prompt, options, code, message):

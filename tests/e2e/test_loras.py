@@ -98,7 +98,11 @@ async def test_the_life_of_a_lora(tmp_path):
 
         listed = await client.adapters()
         assert [(one.name, one.version) for one in listed] == [("legal", 1), ("style", 2)]
+        found = await client.adapter("legal")
+        assert (found.adapter, list(found.revisions)) == (listed[0], [])
         await client.unload_adapter("legal")
+        code, details = await refusal(client.adapter("legal"))
+        assert (code, "no LoRA 'legal' is loaded" in details) == (grpc.StatusCode.NOT_FOUND, True)
         code, details = await refusal(client.generate(ASK, adapter="legal", **GREEDY))
         assert (code, "no LoRA 'legal' is loaded" in details) == (grpc.StatusCode.NOT_FOUND, True)
         code, details = await refusal(client.generate(ASK, adapter="style@1", **GREEDY))

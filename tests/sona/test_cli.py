@@ -13,6 +13,7 @@ from support.serving import serving
 from support.toy_domain import ToyDomain
 
 import sona
+from engine.api import Constraint
 from engine.errors import ConfigError
 from sona.auth import AuthConfig, KeyConfig, hash_key
 from sona.cli import main
@@ -62,8 +63,8 @@ def test_help_imports_nothing_heavy():
 
 def test_every_command_is_there_and_helps():
     assert set(main.commands) == {
-        "serve", "demo", "generate", "feedback", "doctor", "bench", "models", "config",
-        "learning", "adapters",
+        "serve", "demo", "generate", "score", "embed", "feedback", "doctor", "bench", "models",
+        "config", "learning", "adapters",
     }  # fmt: skip
     groups: Any = main.commands
     assert {name: set(groups[name].commands) for name in ("learning", "adapters")} == {
@@ -105,6 +106,58 @@ async def test_generate_sends_what_was_asked(run, served):
     assert [turn.role for turn in call.prompt.messages] == ["system", "user"]
     assert (call.sampling.temperature, call.sampling.top_p) == (0.0, 0.5)
     assert (call.sampling.stop, call.adapter) == (("x", "y"), "none")
+
+
+async def test_generate_sends_every_setting_by_its_name(run, served, tmp_path):
+    (tmp_path / "schema.json").write_text('{"type": "string"}')
+    await run(
+        "generate", "b", "--n", "2", "--min-p", "0.1", "--repetition-penalty", "1.1",
+        "--presence-penalty", "-1", "--frequency-penalty", "0.5", "--logit-bias", "3=-4.5",
+        "--logit-bias", "4=1", "--seed", "0", "--min-tokens", "1", "--max-tokens", "2",
+        "--ignore-eos", "--stop-token-ids", "5", "--logprobs", "0", "--prompt-logprobs", "2",
+        "--json-schema", f"@{tmp_path / 'schema.json'}", "--priority", "-3",
+        "--session-id", "talk", "--cache-salt", "mine", "--top-k", "7",
+    )  # fmt: skip
+    ((call, _),) = served.inference.calls
+    sampling = call.sampling
+    assert (sampling.n, sampling.min_p, sampling.top_k) == (2, pytest.approx(0.1), 7)
+    assert sampling.repetition_penalty == pytest.approx(1.1)
+    assert (sampling.presence_penalty, sampling.frequency_penalty) == (-1.0, 0.5)
+    assert (sampling.logit_bias, sampling.seed) == ({3: -4.5, 4: 1.0}, 0)
+    assert (sampling.min_tokens, sampling.max_tokens, sampling.ignore_eos) == (1, 2, True)
+    assert (sampling.stop_token_ids, sampling.logprobs, sampling.prompt_logprobs) == ((5,), 0, 2)
+    assert call.constraint == Constraint("json_schema", '{"type": "string"}')
+    assert (call.priority, call.session_id, call.cache_salt) == (-3, "talk", "mine")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--regex", "a", "--choice", "b"), "--regex and --choice are given; an answer has one"),
+        (("--logit-bias", "x=1"), "'x=1' is not ID=NUMBER"),
+        (("--grammar", "@/no/such/file"), "'/no/such/file' cannot be read"),
+        (("--raw", "--system", "s"), "--raw has no place for --system"),
+    ],
+)
+async def test_generate_says_what_cannot_be_asked(run, served, options, message):
+    result = await run("generate", "b", *options, status=2)
+    assert message in result.stderr
+    assert served.inference.calls == []
+
+
+async def test_several_answers_are_printed_one_by_one(run):
+    result = await run("generate", "bc", "--max-tokens", "3", "--n", "2")
+    assert result.stdout == "[0] def\n[1] def\n"
+
+
+async def test_score_and_embed_print_what_came(run):
+    result = await run("score", "--raw", "ab", "cd")
+    lines = result.stdout.splitlines()
+    assert [line.split()[-1] for line in lines] == ["'c'", "'d'", "all"]
+    assert sum(float(line.split()[0]) for line in lines[:-1]) == float(lines[-1].split()[0])
+    vector = json.loads((await run("embed", "--raw", "ab")).stdout)
+    assert vector
+    assert json.loads((await run("embed", "--raw", "ab", "--json")).stdout) == {"embedding": vector}
 
 
 async def test_generate_sends_a_users_message_or_raw_text(run, served):

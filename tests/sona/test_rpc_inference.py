@@ -186,7 +186,7 @@ async def test_every_setting_arrives_as_it_was_sent(served):
         ({"constraint": pb.Constraint()}, "no form is set"),
         ({"constraint": pb.Constraint(regex="")}, "constraint.regex has 0 bytes"),
         ({"constraint": pb.Constraint(json_schema="x" * 70_000)}, "has 70000 bytes; use 1 to"),
-        ({"constraint": pb.Constraint(choice=pb.ChoiceList())}, "one character or more"),
+        ({"constraint": pb.Constraint(choice=pb.ChoiceList())}, "send one text or more"),
         ({"sampling": pb.SamplingParams(n=1000)}, "sampling.n is 1000; this server has 16"),
         ({"sampling": pb.SamplingParams(n=0)}, "sampling.n is 0"),
         ({"sampling": pb.SamplingParams(logit_bias={26: 1.0})}, "sampling.logit_bias has 26"),

@@ -43,9 +43,9 @@ async def running_server(config: SonaConfig):
 
 
 @contextlib.asynccontextmanager
-async def client_of(addresses, student=None):
+async def client_of(addresses, student=None, **options):
     key = None if student is None else key_of(student)
-    async with AsyncClient(addresses.grpc, api_key=key) as client:
+    async with AsyncClient(addresses.grpc, api_key=key, **options) as client:
         yield client
 
 

@@ -51,6 +51,11 @@ class ToyLearning:
     async def list_loras(self, principal: Principal) -> tuple[LoraInfo, ...]:
         return tuple(self.loras.values())
 
+    async def get_lora(self, name: str, principal: Principal) -> LoraInfo:
+        if name not in self.loras:
+            raise AdapterNotFound(f"no LoRA {name!r}")
+        return self.loras[name]
+
     async def load_lora(self, name: str, path: str, principal: Principal) -> LoraInfo:
         version = self.loras[name].version + 1 if name in self.loras else 1
         self.loras[name] = LoraInfo(
