@@ -8,7 +8,6 @@ import json
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +39,7 @@ _UNSUPPORTED = {
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq")  # inits that rewrite the base's weights
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PeftLora:
-    """A LoRA as it was read."""
-
-    table: LoraTable
-    rank: int
-    num_parameters: int
-
-
-def read_peft(directory: Path, sizes: Sizes, *, max_rank: int) -> PeftLora:
+def read_peft(directory: Path, sizes: Sizes, *, max_rank: int) -> LoraTable:
     """Read a directory that `PeftModel.save_pretrained` wrote.
 
     Raises:
@@ -58,17 +48,14 @@ def read_peft(directory: Path, sizes: Sizes, *, max_rank: int) -> PeftLora:
     """
     config = _config(directory)
     _refuse_unsupported(config)
-    tensors = _tensors(directory)
-    pairs = _pairs(tensors, sizes)
+    pairs = _pairs(_tensors(directory), sizes)
     ranks = {len(sides["A"]) for sides in pairs.values()}
     if max(ranks) > max_rank:
         raise IncompatibleAdapter(
             f"the LoRA has rank {max(ranks)}; this server's slots hold {max_rank}: raise "
             "engine.max_lora_rank (up to 64), or train a smaller one"
         )
-    table = _table(pairs, sizes, config, max(ranks))
-    count = sum(array.size for array in tensors.values())
-    return PeftLora(table=table, rank=max(ranks), num_parameters=count)
+    return _table(pairs, sizes, config, max(ranks))
 
 
 def _config(directory: Path) -> dict[str, Any]:

@@ -14,7 +14,8 @@ while forward runs; on a CPU a second call costs more than the masks, and a step
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -83,16 +84,19 @@ class Steps(NamedTuple):
         return sum(step._cache_size() for step in self)  # pyright: ignore
 
 
-def make_steps(model: LoadedModel) -> Steps:
-    """Build the programs for one model. Weights are arguments, passed as a flat tuple."""
-    graph = model.graph
-    tree = jax.tree.structure(model.params)
-    scale = model.config.head_dim**-0.5
+@dataclass(frozen=True, slots=True)
+class _Programs:
+    """What is compiled, over one model's graph; its weights come as a flat tuple of leaves."""
 
-    def decoder(leaves: tuple[Array, ...]) -> Decoder:
-        return nnx.merge(graph, jax.tree.unflatten(tree, leaves))
+    graph: nnx.GraphDef
+    tree: Any  # jax does not export the type of a tree structure
+    scale: float  # of attention scores
+
+    def _decoder(self, leaves: tuple[Array, ...]) -> Decoder:
+        return nnx.merge(self.graph, jax.tree.unflatten(self.tree, leaves))
 
     def forward(
+        self,
         leaves: tuple[Array, ...],
         pool: KVPool,
         loras: LoraStack,
@@ -109,14 +113,15 @@ def make_steps(model: LoadedModel) -> Steps:
             layers[keys] = append(layers[keys], k, page_table, positions)
             layers[values] = append(layers[values], v, page_table, positions)
             return paged_attention(
-                q, layers[keys], layers[values], page_table, positions, scale=scale
+                q, layers[keys], layers[values], page_table, positions, scale=self.scale
             )
 
         adapt = adapter_of(loras, lora_slots)
-        hidden = decoder(leaves)(tokens, jnp.maximum(positions, 0), attend, adapt)
+        hidden = self._decoder(leaves)(tokens, jnp.maximum(positions, 0), attend, adapt)
         return tuple(layers), hidden
 
     def sample(
+        self,
         leaves: tuple[Array, ...],
         stack: HeadStack,
         loras: LoraStack,
@@ -125,7 +130,7 @@ def make_steps(model: LoadedModel) -> Steps:
         batch: Batch,
         lora_slots: Int[Array, " B"],
     ) -> Sampled:
-        base = decoder(leaves).logits(hidden, adapter_of(loras, lora_slots))[:, 0]
+        base = self._decoder(leaves).logits(hidden, adapter_of(loras, lora_slots))[:, 0]
         captured = _capture(base, hidden[:, 0])
         slots = batch.ints[:, SLOT]
         logits = add_head_delta(base, hidden[:, 0], captured.top_ids[:, 0], slots, stack)
@@ -133,6 +138,7 @@ def make_steps(model: LoadedModel) -> Steps:
         return Sampled(token, *_read(logits, token, batch.ints[:, NUM_LOGPROBS]), captured)
 
     def decode(
+        self,
         leaves: tuple[Array, ...],
         pool: KVPool,
         stack: HeadStack,
@@ -144,10 +150,11 @@ def make_steps(model: LoadedModel) -> Steps:
         batch: Batch,
         lora_slots: Int[Array, " B"],
     ) -> tuple[KVPool, Float[Array, "B 1 D"], Sampled]:
-        pool, hidden = forward(leaves, pool, loras, tokens, positions, page_table, lora_slots)
-        return pool, hidden, sample(leaves, stack, loras, rows, hidden, batch, lora_slots)
+        pool, hidden = self.forward(leaves, pool, loras, tokens, positions, page_table, lora_slots)
+        return pool, hidden, self.sample(leaves, stack, loras, rows, hidden, batch, lora_slots)
 
     def read(
+        self,
         leaves: tuple[Array, ...],
         stack: HeadStack,
         loras: LoraStack,
@@ -157,20 +164,24 @@ def make_steps(model: LoadedModel) -> Steps:
         num_logprobs: Int[Array, " B"],
     ) -> Read:
         """All rows are of one sequence, with its head slot and its LoRA slot."""
-        base = decoder(leaves).logits(hidden[None], adapter_of(loras, slot[1:]))[0]
+        base = self._decoder(leaves).logits(hidden[None], adapter_of(loras, slot[1:]))[0]
         slots = jnp.broadcast_to(slot[0], tokens.shape)
         logits = add_head_delta(base, hidden, sampling.argmax(base), slots, stack)
         return Read(*_read(logits, tokens, num_logprobs))
 
-    def capture(leaves: tuple[Array, ...], hidden: Float[Array, "B D"]) -> Captured:
-        return _capture(decoder(leaves).logits(hidden), hidden)
+    def capture(self, leaves: tuple[Array, ...], hidden: Float[Array, "B D"]) -> Captured:
+        return _capture(self._decoder(leaves).logits(hidden), hidden)
 
+
+def make_steps(model: LoadedModel) -> Steps:
+    """Build the programs for one model. Weights are arguments, passed as a flat tuple."""
+    programs = _Programs(model.graph, jax.tree.structure(model.params), model.config.head_dim**-0.5)
     return Steps(
-        jax.jit(forward, donate_argnums=1),
-        jax.jit(sample),
-        jax.jit(decode, donate_argnums=1),
-        jax.jit(read),
-        jax.jit(capture),
+        jax.jit(programs.forward, donate_argnums=1),
+        jax.jit(programs.sample),
+        jax.jit(programs.decode, donate_argnums=1),
+        jax.jit(programs.read),
+        jax.jit(programs.capture),
         jax.jit(copy_pages, donate_argnums=0),
     )
 

@@ -82,9 +82,9 @@ class LearningService:
 
         def load() -> LoraInfo:
             check_name(name)
-            read = read_peft(Path(path), self.lora_sizes, max_rank=self.max_lora_rank)
+            table = read_peft(Path(path), self.lora_sizes, max_rank=self.max_lora_rank)
             return self.loras.put(
-                principal.tenant, name, read.table, base_hash=self.base_hash, source=path
+                principal.tenant, name, table, base_hash=self.base_hash, source=path
             )
 
         info = await asyncio.to_thread(load)

@@ -101,9 +101,9 @@ def sizes_of(directory):
 def test_logits_of_every_target_module(directory, tmp_path, case):
     model = trained(directory, **CASES[case])
     model.save_pretrained(tmp_path, save_embedding_layers=False)
-    read = read_peft(tmp_path, sizes_of(directory), max_rank=64)
+    table = read_peft(tmp_path, sizes_of(directory), max_rank=64)
     want = their_logits(model)
-    assert np.abs(our_logits(directory, read.table) - want).max() <= 1e-4
+    assert np.abs(our_logits(directory, table) - want).max() <= 1e-4
     with model.disable_adapter():
         assert np.abs(their_logits(model) - want).max() > 1e-2  # the LoRA says something
 
@@ -118,8 +118,8 @@ def test_several_merged_by_weight(directory, tmp_path):
     model.add_weighted_adapter(["default", "second"], [0.7, -0.3], "both", combination_type="cat")
     model.set_adapter("both")
     sizes = sizes_of(directory)
-    first = read_peft(tmp_path, sizes, max_rank=64).table
-    second = read_peft(tmp_path / "second", sizes, max_rank=64).table
+    first = read_peft(tmp_path, sizes, max_rank=64)
+    second = read_peft(tmp_path / "second", sizes, max_rank=64)
     merged = merge([(first, 0.7), (second, -0.3)])
     assert merged.rank == 7
     assert np.abs(our_logits(directory, merged, rank=8) - their_logits(model)).max() <= 1e-4
@@ -131,8 +131,8 @@ async def test_served_beside_the_base_and_another_lora(directory, tmp_path):
     refs, sizes = [], sizes_of(directory)
     for index, model in enumerate(models):
         model.save_pretrained(tmp_path / str(index))
-        read = read_peft(tmp_path / str(index), sizes, max_rank=16)
-        refs.append(LoraRef(f"lora-{index}", 1, (str(index),), read.table))
+        table = read_peft(tmp_path / str(index), sizes, max_rank=16)
+        refs.append(LoraRef(f"lora-{index}", 1, (str(index),), table))
     wants = [their_logits(models[0]), their_logits(models[1])]
     with models[0].disable_adapter():
         wants.append(their_logits(models[0]))
