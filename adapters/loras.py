@@ -138,6 +138,12 @@ class LoraStore:
             found = [info for info in self._live.values() if info.tenant == tenant]
         return sorted(found, key=lambda info: info.name)
 
+    @property
+    def num_loaded(self) -> int:
+        """Names of all tenants."""
+        with self._lock:
+            return len(self._live)
+
     def ref(self, tenant: str, name: str, version: int | None, *, base_hash: str) -> LoraRef:
         """The live version, ready for a job; reads the file when memory has let it go.
 
@@ -178,7 +184,8 @@ class LoraStore:
         info = self._live.get((tenant, name))
         if info is None:
             raise AdapterNotFound(
-                f"no LoRA {name!r} is loaded for your tenant; ListAdapters names those that are"
+                f"no LoRA {name!r} is loaded for your tenant; ListAdapters names those that are "
+                "(a server without --max-loras has none)"
             )
         return info
 

@@ -77,7 +77,7 @@ class WaitingQueue:
         """
         plan, tenant = self._plan, sequence.job.tenant
         if self.is_late(sequence):
-            raise too_late(sequence)
+            raise self.too_late(sequence)
         num_waiting = len(self) - num_free
         num_tokens = self.num_tokens + len(sequence.tokens)
         fits = num_waiting < plan.max_waiting and num_tokens <= plan.max_waiting_tokens
@@ -88,7 +88,7 @@ class WaitingQueue:
         own = 0 if line is None else len(line.by_age)
         if num_tenants > 1 and own * num_tenants < plan.max_waiting:
             return
-        wait_s = self._pace.drain_s(self.num_tokens, 0)
+        wait_s = self._pace.least_s(self.num_tokens)
         raise QueueFull(
             f"{num_waiting} requests with {self.num_tokens} tokens wait; at most "
             f"{plan.max_waiting} and {plan.max_waiting_tokens} may: retry later",
@@ -103,11 +103,26 @@ class WaitingQueue:
         deadline_s = sequence.job.deadline_s
         if deadline_s is None or sequence.is_returning:
             return False
+        return self._clock() + self._least_s(sequence) > deadline_s
+
+    def too_late(self, sequence: Sequence) -> DeadlinePassed:
+        """What a late job ends with."""
+        assert sequence.job.deadline_s is not None
+        left_s = sequence.job.deadline_s - self._clock()
+        needed_s = self._least_s(sequence)
+        if left_s > 0:
+            self._pace.refused()
+        return DeadlinePassed(
+            f"the request has {max(left_s, 0):.3g} s until its deadline and needs "
+            f"{needed_s:.3g} s or more; it was not begun: allow more time, or retry when the "
+            "server is less busy"
+        )
+
+    def _least_s(self, sequence: Sequence) -> float:
         is_generating = sequence.kind is Kind.GENERATE
         num_generated = max(1, sequence.job.sampling.min_tokens) if is_generating else 0
         num_missing = len(sequence.tokens) - sequence.num_computed if sequence.pages else 0
-        least_s = self._pace.least_s(num_missing, num_generated)
-        return self._clock() + least_s > deadline_s
+        return self._pace.least_s(num_missing, num_generated)
 
     def enter(self, sequence: Sequence) -> None:
         """A job arrives. It counts as its tenant's until `leave`."""
@@ -169,11 +184,3 @@ class WaitingQueue:
     def served(self, tenant: str) -> float:
         """The tenant's counter."""
         return self._served[tenant]
-
-
-def too_late(sequence: Sequence) -> DeadlinePassed:
-    """What a late job ends with."""
-    return DeadlinePassed(
-        f"request {sequence.request_id} cannot be finished before its deadline and was not begun; "
-        "allow more time, or retry when the server is less busy"
-    )

@@ -33,7 +33,10 @@ class Answer:
             sequence.first_token_s = time.monotonic()
         if job.capture:
             sequence.captured.append((sampled.captured, row))
-        reason = self._take(_sampled_token(sampled, row, job.sampling.logprobs))
+        token = _sampled_token(sampled, row, job.sampling.logprobs)
+        if sequence.matcher is not None:
+            sequence.matcher.accept(token.token_id)  # also an end: the form may not allow one
+        reason = self._take(token)
         return self._follow() if reason is None and sequence.matcher is not None else reason
 
     def _follow(self) -> FinishReason | None:
@@ -41,7 +44,6 @@ class Answer:
         sequence = self._sequence
         matcher = sequence.matcher
         assert matcher is not None
-        matcher.accept(sequence.tokens[-1])
         if sequence.job.sampling.logprobs is None:  # else each is drawn, to know how likely it was
             for token_id in matcher.forced():
                 reason = self._take(Token(token_id, None, ()))

@@ -226,9 +226,11 @@ class EngineStats:
 
     num_running: int
     num_waiting: int
+    num_waiting_tokens: int  # to be computed for those that wait
     num_pages: int
     num_free_pages: int  # nobody holds them
     num_idle_pages: int  # held by the prefix cache alone, given up on demand
+    num_session_pages: int  # that sessions keep warm, a shared one counted for each
     num_preemptions: int
     num_recompiles: int
     num_prompt_tokens: int  # computed

@@ -3,6 +3,7 @@
 import asyncio
 import secrets
 from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import chain
 
@@ -45,7 +46,8 @@ class EngineClient:
         self._streams: dict[Sequence, asyncio.Queue[Result]] = {}
         self._groups: dict[Sequence, tuple[Sequence, ...]] = {}  # all answers, by the first one
         self._by_id: dict[str, Sequence] = {}  # users' jobs under way
-        self._grammars = Grammars(tokenizer, vocab_size=self._vocab_size)
+        self._grammars = Grammars(tokenizer, vocab_size=self._vocab_size, max_len=plan.max_len)
+        self._compiler = ThreadPoolExecutor(1, "forms")  # a flood of forms leaves a core to serve
         self._lora_sizes = runner.loras.sizes
         self._aio = asyncio.get_running_loop()
         self.ended = asyncio.Event()  # the engine serves nothing any more
@@ -115,12 +117,15 @@ class EngineClient:
     def close(self) -> None:
         """Stop the thread; jobs under way end with EngineStopped."""
         self._loop.stop()
+        self._compiler.shutdown(wait=False, cancel_futures=True)
 
     async def _answers(self, job: Job) -> Sequence:
         """The first answer's sequence, with the others as its siblings."""
         matcher = None
         if job.constraint is not None:
-            matcher = await asyncio.to_thread(self._grammars.compile, job.constraint)
+            matcher = await self._aio.run_in_executor(
+                self._compiler, self._grammars.compile, job.constraint
+            )
         group = [
             Sequence(
                 kind=Kind.GENERATE,

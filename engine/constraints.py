@@ -5,11 +5,14 @@ raise for a bad grammar or a token that does not fit; they turn into errors, whi
 """
 
 import json
+import re
+import threading
+from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engine.errors import ConfigError, EngineError, InvalidJob
+from engine.errors import ConfigError, FormFailed, InvalidJob
 from engine.params import MAX_GRAMMAR_BYTES, Constraint
 from engine.text import Tokenizer
 
@@ -17,15 +20,20 @@ if TYPE_CHECKING:
     import llguidance
 
 # What a user's grammar may cost: rows and items of the parser, states of the lexer, fuel of one
-# mask and of compiling. Ordinary schemas use a hundredth.
+# mask and of compiling. Ordinary schemas use a hundredth; the worst we found take 60 ms at first,
+# beside the engine, and 30 ms for one token.
 _LIMITS: dict[str, Any] = {
     "max_items_in_row": 2_000,
-    "initial_lexer_fuel": 1_000_000,
+    "initial_lexer_fuel": 100_000,
     "step_lexer_fuel": 200_000,
     "step_max_items": 50_000,
     "max_lexer_states": 50_000,
     "max_grammar_size": 500_000,
 }
+
+
+_NUM_KEPT = 64  # compiled forms
+_MAX_REASON_LEN = 200  # characters of what the library says
 
 
 class Matcher:
@@ -39,9 +47,15 @@ class Matcher:
         return Matcher(self._inner.deep_copy())
 
     def accept(self, token_id: int) -> None:
-        """The answer goes on with this token. Raises EngineError when it may not."""
+        """The answer goes on with this token, or ends with it.
+
+        Raises FormFailed when it may not, or when the form needs more than a server can give.
+        """
         if not self._inner.consume_token(token_id):
-            raise EngineError(f"the form of the answer failed: {self._inner.get_error()}")
+            raise FormFailed(
+                f"the form of the answer cannot be followed any further ({self._reason()}); use a "
+                "simpler one"
+            )
 
     def forced(self) -> list[int]:
         """Tokens that must come next, where the form leaves no choice."""
@@ -52,6 +66,28 @@ class Matcher:
         """Whether nothing but the end may come."""
         return self._inner.is_stopped()
 
+    def probe(self, num_words: int, *, max_forced: int) -> str | None:
+        """Take the first steps, here and now. Returns what is wrong with the form, if anything.
+
+        Most forms that cost too much, and all that no text fits, show it before the first token.
+        """
+        words = np.zeros(num_words, np.int32)
+        self.fill(words)
+        forced = [] if self._inner.is_error() else self.forced()
+        if len(forced) > max_forced:
+            return f"it forces {len(forced)} tokens at once; a context holds {max_forced}"
+        if forced and self._inner.consume_tokens(forced):
+            self.fill(words)
+        if not self._inner.is_error():
+            return None
+        if self._inner.get_error().startswith("NoExtension"):
+            return "no text fits it"
+        return self._reason()
+
+    def _reason(self) -> str:
+        """The library's first line; what follows repeats the grammar."""
+        return self._inner.get_error().partition("\n")[0][:_MAX_REASON_LEN]
+
     def fill(self, words: np.ndarray) -> None:
         """Set the bit of every token that may come next in [W] int32; clear the others.
 
@@ -61,9 +97,12 @@ class Matcher:
 
 
 class Grammars:
-    """Compiles forms for one tokenizer. Nothing changes after construction; any thread."""
+    """Compiles forms for one tokenizer, and keeps the latest. For any thread."""
 
-    def __init__(self, tokenizer: Tokenizer, *, vocab_size: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, vocab_size: int, max_len: int) -> None:
+        self._num_words, self._max_len = -(-vocab_size // 32), max_len
+        self._kept: OrderedDict[Constraint, Matcher] = OrderedDict()
+        self._lock = threading.Lock()
         try:
             import llguidance
         except ImportError:  # an optional dependency where there is no package index
@@ -78,10 +117,24 @@ class Grammars:
         self._limits = llguidance.LLParserLimits(**_LIMITS)
 
     def compile(self, constraint: Constraint) -> Matcher:
-        """A matcher at the start of an answer; takes about a millisecond.
+        """A matcher at the start of an answer; takes about a millisecond, a known form less.
 
-        Raises InvalidJob when the form is broken, empty, or needs more than a server can give.
+        Raises InvalidJob when the form is broken, no text fits it, or it needs more than a server
+        can give.
         """
+        with self._lock:
+            known = self._kept.get(constraint)
+            if known is not None:
+                self._kept.move_to_end(constraint)
+                return known.copy()
+        matcher = self._compiled(constraint)
+        with self._lock:
+            self._kept[constraint] = matcher
+            if len(self._kept) > _NUM_KEPT:
+                self._kept.popitem(last=False)
+        return matcher.copy()
+
+    def _compiled(self, constraint: Constraint) -> Matcher:
         if self._lib is None:
             raise InvalidJob("a form of the answer needs llguidance, which is not installed")
         if not constraint.text or len(constraint.text.encode()) > MAX_GRAMMAR_BYTES:
@@ -93,10 +146,14 @@ class Grammars:
             grammar = self._grammar(constraint)
         except (ValueError, RecursionError) as error:
             raise InvalidJob(f"the {constraint.kind} cannot be read: {error}") from error
-        matcher = self._lib.LLMatcher(self._tokens, grammar, log_level=0, limits=self._limits)
-        if matcher.is_error():
-            raise InvalidJob(f"the {constraint.kind} cannot be used: {matcher.get_error()}")
-        return Matcher(matcher)
+        inner = self._lib.LLMatcher(self._tokens, grammar, log_level=0, limits=self._limits)
+        if inner.is_error():
+            raise InvalidJob(f"the {constraint.kind} cannot be used: {inner.get_error()}")
+        matcher = Matcher(inner)
+        fault = matcher.copy().probe(self._num_words, max_forced=self._max_len)
+        if fault is not None:
+            raise InvalidJob(f"the {constraint.kind} cannot be used: {fault}")
+        return matcher
 
     def _grammar(self, constraint: Constraint) -> str:
         assert self._lib is not None
@@ -113,5 +170,5 @@ class Grammars:
             case "grammar":
                 return make.grammar_from_lark(constraint.text)
             case "choice":
-                texts = json.loads(constraint.text)
-                return make.grammar_from_lark("start: " + " | ".join(map(json.dumps, texts)))
+                texts = dict.fromkeys(json.loads(constraint.text))
+                return make.grammar_from_regex("|".join(map(re.escape, texts)))

@@ -25,6 +25,10 @@ class InvalidJob(EngineError):
     """A job that can never run: empty or too long prompt, sampling out of range."""
 
 
+class FormFailed(EngineError):
+    """A form that an answer could not be kept to: it turned out too costly, or a dead end."""
+
+
 class DuplicateJob(EngineError):
     """A job whose request_id is already running."""
 

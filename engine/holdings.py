@@ -23,6 +23,11 @@ class Holdings:
             clock=clock,
         )
 
+    @property
+    def num_session_pages(self) -> int:
+        """Pages that sessions keep warm."""
+        return self._prefix.num_session_pages
+
     def match(self, sequence: Sequence) -> None:
         """Begin behind the longest cached prefix. The sequence holds nothing yet."""
         plan, job = self._plan, sequence.job

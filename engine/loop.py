@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from engine.admission import too_late
 from engine.api import EngineStats
 from engine.config import EnginePlan
 from engine.errors import EngineStopped
@@ -44,7 +43,7 @@ class EngineLoop:
         deliver: Deliver,
     ) -> None:
         self._runner, self._plan, self._deliver = runner, plan, deliver
-        pace = Pace()
+        pace = Pace(plan.prefill_buckets)
         self._scheduler = Scheduler(plan, pace)
         self._worker = Worker(runner, self._scheduler, tokenizer, plan, pace)
         self._inbox: queue.Queue[Sequence | _Cancel | None] = queue.Queue()
@@ -77,9 +76,11 @@ class EngineLoop:
         return EngineStats(
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.queue),
+            num_waiting_tokens=scheduler.queue.num_tokens,
             num_pages=self._plan.num_pages,
             num_free_pages=scheduler.holdings.pages.num_free,
             num_idle_pages=scheduler.holdings.pages.num_idle,
+            num_session_pages=scheduler.holdings.num_session_pages,
             num_preemptions=scheduler.num_preemptions,
             num_recompiles=self._runner.num_recompiles,
             num_prompt_tokens=self._worker.num_prompt_tokens,
@@ -133,7 +134,7 @@ class EngineLoop:
         step = scheduler.next(may_learn=self._learning_credit_s > 0)
         worker.vacate(scheduler.take_preempted())
         for sequence in scheduler.take_late():
-            worker.refuse(sequence, too_late(sequence))
+            worker.refuse(sequence, self._scheduler.queue.too_late(sequence))
         if not step:
             return
         self._num_steps += 1

@@ -1,33 +1,48 @@
-"""What a prompt token and a decode step have cost lately: for deadlines and retry hints."""
+"""What a chunk of a prompt and a decode step take lately, at least: for deadlines and retry hints.
 
-_SHARE = 0.1  # of the newest measurement in a running mean
+A chunk is padded to a bucket, so its time is the bucket's, however few tokens it has. The least
+of late is kept, not the mean: it must not refuse what could have been done. One slow measurement
+raises it by a twentieth at most, and a refusal, which is never measured, lowers it.
+"""
+
+from collections.abc import Sequence
+
+_RISE = 1.05  # of an estimate by one measurement
+_DOUBT = 0.8  # of an estimate after a refusal
 
 
 class Pace:
-    """Running means of the engine's own speed; optimistic until something was measured."""
+    """The engine's own speed; nothing is thought to take time until it was measured."""
 
-    def __init__(self) -> None:
-        self._prompt_token_s = 0.0
+    def __init__(self, buckets: Sequence[int]) -> None:
+        """`buckets`: tokens that chunks are padded to, rising."""
+        self._chunk_s = dict.fromkeys(buckets, 0.0)
         self._step_s = 0.0
-        self._generated_token_s = 0.0
 
     def prefilled(self, num_tokens: int, spent_s: float) -> None:
-        """Prompt tokens were computed."""
-        self._prompt_token_s = _mean(self._prompt_token_s, spent_s / num_tokens)
+        """A chunk of a prompt was computed."""
+        bucket = self._bucket(num_tokens)
+        self._chunk_s[bucket] = _lately(self._chunk_s[bucket], spent_s)
 
-    def decoded(self, num_sequences: int, spent_s: float) -> None:
-        """One token of each of these sequences was computed."""
-        self._step_s = _mean(self._step_s, spent_s)
-        self._generated_token_s = _mean(self._generated_token_s, spent_s / num_sequences)
+    def decoded(self, spent_s: float) -> None:
+        """One token of every running sequence was computed."""
+        self._step_s = _lately(self._step_s, spent_s)
 
-    def least_s(self, num_prompt: int, num_generated: int) -> float:
-        """Time that one job takes when nothing holds it up."""
-        return num_prompt * self._prompt_token_s + num_generated * self._step_s
+    def refused(self) -> None:
+        """A job was thought to take too long."""
+        self._chunk_s = {bucket: _DOUBT * spent for bucket, spent in self._chunk_s.items()}
+        self._step_s *= _DOUBT
 
-    def drain_s(self, num_prompt: int, num_generated: int) -> float:
-        """Time until this much work is done, beside everybody else's."""
-        return num_prompt * self._prompt_token_s + num_generated * self._generated_token_s
+    def least_s(self, num_prompt: int, num_generated: int = 0) -> float:
+        """Time that this takes when nothing holds it up."""
+        largest = max(self._chunk_s)
+        chunks, rest = divmod(num_prompt, largest)
+        rest_s = self._chunk_s[self._bucket(rest)] if rest else 0.0
+        return chunks * self._chunk_s[largest] + rest_s + num_generated * self._step_s
+
+    def _bucket(self, num_tokens: int) -> int:
+        return min(bucket for bucket in self._chunk_s if bucket >= num_tokens)
 
 
-def _mean(before: float, now: float) -> float:
-    return now if not before else before + _SHARE * (now - before)
+def _lately(before: float, now: float) -> float:
+    return min(now, before * _RISE) if before else now

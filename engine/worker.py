@@ -24,6 +24,8 @@ from engine.text import Tokenizer
 
 log = logging.getLogger(__name__)
 
+_NOT_FINITE = "the model produced logits that are not finite; check the weights and the LoRA"
+
 Result = Update | CaptureResult | ScoreResult | EmbedResult | EngineError
 News = list[tuple[Sequence, Result]]
 
@@ -87,14 +89,12 @@ class Worker:
         if step.decodes:
             started = time.perf_counter()
             self._decode(step.decodes)
-            self._pace.decoded(len(step.decodes), time.perf_counter() - started)
+            self._pace.decoded(time.perf_counter() - started)
         for sequence in step.reads:
             self._guarded(sequence, self._read)
         for chunk in step.chunks:
             if chunk.sequence in self._live:
-                started = time.perf_counter()
                 self._prefill(chunk)
-                self._pace.prefilled(chunk.length, time.perf_counter() - started)
 
     def run_capture(self, chunk: Chunk) -> None:
         """A slice of a teacher-forced pass."""
@@ -123,8 +123,9 @@ class Worker:
 
     def _prefill(self, chunk: Chunk) -> None:
         """A chunk of what is known of a sequence: its prompt, or tokens it was forced to take."""
-        sequence = chunk.sequence
+        sequence, started = chunk.sequence, time.perf_counter()
         hidden = self._runner.prefill(sequence, chunk.start, chunk.length)
+        self._pace.prefilled(chunk.length, time.perf_counter() - started)
         self.num_prompt_tokens += max(0, min(sequence.num_prompt - chunk.start, chunk.length))
         self._keep_unread(sequence, chunk, hidden)
         self._scheduler.computed(sequence, hidden)
@@ -204,6 +205,8 @@ class Worker:
         assert at is not None
         tokens = sequence.tokens[at : at + len(now)]
         read = self._runner.read(sequence, now, tokens)
+        if not np.isfinite(read.logprob[: len(tokens)]).all():
+            raise EngineError(_NOT_FINITE)
         num_best = sequence.job.sampling.prompt_logprobs or 0
         for row, token_id in enumerate(tokens):
             best = (np.asarray(read.best_ids[row]), np.asarray(read.best_logprobs[row]))
@@ -236,7 +239,7 @@ class Worker:
         answer = self._live[sequence]
         assert answer is not None
         if not np.isfinite(sampled.logprob[row]):
-            raise EngineError("the model produced logits that are not finite; check the weights")
+            raise EngineError(_NOT_FINITE)
         self.num_generated_tokens += 1
         reason = answer.accept(sampled, row)
         if reason is not None:

@@ -6,6 +6,7 @@ by the domain as soon as it has them.
 
 import math
 import re
+from collections.abc import Sized
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,6 +27,7 @@ from sona.requests import (
 )
 
 MAX_STOPS = 16
+_MAX_SHOWN = 80  # characters of a value that is refused
 MAX_STOP_LEN = 256  # characters
 MAX_DIGITS = 18  # of a number in a name: what a database integer holds
 MAX_MERGED = 8  # LoRAs of one request
@@ -47,6 +49,7 @@ class Limits:
     max_model_len: int  # tokens of prompt plus answer
     vocab_size: int
     max_choices: int = 16  # answers of one request
+    max_chars: int = 1 << 22  # of a text; more cannot fit the context, whatever it says
     max_correction_bytes: int = 65_536
 
 
@@ -120,7 +123,8 @@ def _parse_term(term: str, text: str) -> AdapterPin | LoraPin | Literal["own"]:
 
 
 def check_prompt(prompt: Prompt, limits: Limits) -> None:
-    """Refuse a prompt that is empty or has tokens the model does not know."""
+    """Refuse a prompt that is empty, too long to look at, or has tokens the model does not know."""
+    check_chars(prompt, limits)
     match prompt:
         case TextPrompt(text):
             if not text:
@@ -138,6 +142,27 @@ def check_prompt(prompt: Prompt, limits: Limits) -> None:
             if not ids:
                 raise InvalidField("token_ids", "the prompt has no tokens; send at least one")
             check_token_ids("token_ids", ids, limits)
+
+
+def check_chars(prompt: Prompt, limits: Limits) -> None:
+    """Refuse a text that no context could hold, before anybody spends time on its tokens."""
+    match prompt:
+        case TextPrompt(text):
+            check_text("text", text, limits)
+        case ChatPrompt(messages):
+            check_text("messages", "".join(message.content for message in messages), limits)
+        case TokenPrompt():
+            pass
+
+
+def check_text(name: str, text: str, limits: Limits) -> None:
+    """Refuse one that has more letters than a context's tokens can hold."""
+    if len(text) > limits.max_chars:
+        raise InvalidField(
+            name,
+            f"{name} has {len(text)} characters; a context of {limits.max_model_len} tokens holds "
+            f"{limits.max_chars} at the very most: send a shorter one, or split it",
+        )
 
 
 def check_token_ids(name: str, ids: tuple[int, ...], limits: Limits) -> None:
@@ -167,7 +192,7 @@ def check_sampling(sampling: SamplingParams, limits: Limits) -> None:
     if fault is not None:
         name, value, allowed = fault
         path = f"sampling.{name}"
-        raise InvalidField(path, f"{path} is {value}; use {allowed}")
+        raise InvalidField(path, f"{path} is {_short(value)}; use {allowed}")
     if sampling.n > limits.max_choices:
         raise InvalidField(
             "sampling.n",
@@ -175,7 +200,10 @@ def check_sampling(sampling: SamplingParams, limits: Limits) -> None:
             "at most: ask for fewer, or raise engine.max_num_seqs",
         )
     if len(sampling.stop) > MAX_STOPS:
-        raise InvalidField("sampling.stop", f"too many stops; use at most {MAX_STOPS}")
+        raise InvalidField(
+            "sampling.stop",
+            f"sampling.stop has {len(sampling.stop)} texts; use at most {MAX_STOPS}",
+        )
     for stop in sampling.stop:
         if not 1 <= len(stop) <= MAX_STOP_LEN:
             raise InvalidField(
@@ -184,6 +212,15 @@ def check_sampling(sampling: SamplingParams, limits: Limits) -> None:
             )
     check_token_ids("sampling.stop_token_ids", sampling.stop_token_ids, limits)
     check_token_ids("sampling.logit_bias", tuple(sampling.logit_bias), limits)
+
+
+def _short(value: object) -> str:
+    """A value as it was given, or its beginning and its size."""
+    text = str(value)
+    if len(text) <= _MAX_SHOWN:
+        return text
+    size = f", {len(value)} entries" if isinstance(value, Sized) else ""
+    return f"{text[:_MAX_SHOWN]}...{size}"
 
 
 def check_constraint(constraint: Constraint) -> None:

@@ -44,6 +44,8 @@ from sona.routing import Routing
 
 log = logging.getLogger(__name__)
 
+_CHARS_AT_ONCE = 4_000  # of a prompt, read on the event loop: a few milliseconds
+
 
 def engine_id(tenant: str, request_id: str) -> str:
     """A request's name inside the engine, where all tenants meet. No two pairs share one."""
@@ -74,7 +76,7 @@ class InferenceService:
         arrived = time.time()
         started = time.monotonic()
         check_model(call.model, self.limits)
-        prompt_ids = self._prompt_ids(call.prompt)
+        prompt_ids = await self.tokenize(call.prompt)
         check_prompt_len(len(prompt_ids), self.limits)
         if self.journal.has_request(principal.tenant, call.request_id):
             raise RequestExists(
@@ -126,7 +128,7 @@ class InferenceService:
 
     async def embed(self, call: EmbedCall, principal: Principal) -> EmbedReply:
         """The prompt's vector under the base model, as gates and patterns compare it."""
-        job = self._side_job(call.prompt, call.model, call.deadline_s, principal)
+        job = await self._side_job(call.prompt, call.model, call.deadline_s, principal)
         embedded = await self.generator.embed(job)
         usage = Usage(
             num_prompt_tokens=len(job.prompt_ids),
@@ -136,10 +138,10 @@ class InferenceService:
 
     async def score(self, call: ScoreCall, principal: Principal) -> ScoreReply:
         """Log-probabilities of the continuation under what answers this caller."""
-        job = self._side_job(call.prompt, call.model, call.deadline_s, principal)
+        job = await self._side_job(call.prompt, call.model, call.deadline_s, principal)
         lora = await self._lora(call.adapter, principal)
         job = replace(job, choose_head=self._head_choice(call.adapter, principal), lora=lora.ref)
-        ids = tuple(self.tokenizer.encode_continuation(call.continuation))
+        ids = tuple(await asyncio.to_thread(self.tokenizer.encode_continuation, call.continuation))
         scored = await self.generator.score(job, ids)
         usage = Usage(
             num_prompt_tokens=len(job.prompt_ids),
@@ -152,12 +154,12 @@ class InferenceService:
             adapter_versions=spans(lora.names, scored.head, len(ids)),
         )
 
-    def _side_job(
+    async def _side_job(
         self, prompt: Prompt, model: str, deadline_s: float | None, principal: Principal
     ) -> Job:
         """A job that generates nothing."""
         check_model(model, self.limits)
-        ids = self._prompt_ids(prompt)
+        ids = await self.tokenize(prompt)
         check_prompt_len(len(ids), self.limits)
         return Job(
             request_id=engine_id(principal.tenant, new_id()),
@@ -168,12 +170,14 @@ class InferenceService:
         )
 
     async def tokenize(self, prompt: Prompt) -> tuple[int, ...]:
-        """The ids the model would see."""
-        return self._prompt_ids(prompt)
+        """The ids the model would see. A long text is none of the event loop's work."""
+        if isinstance(prompt, TokenPrompt) or _num_chars(prompt) <= _CHARS_AT_ONCE:
+            return self._prompt_ids(prompt)
+        return await asyncio.to_thread(self._prompt_ids, prompt)
 
     async def detokenize(self, token_ids: tuple[int, ...]) -> str:
         """Their text."""
-        return self.tokenizer.decode(token_ids)
+        return await asyncio.to_thread(self.tokenizer.decode, token_ids)
 
     def models(self) -> tuple[ModelInfo, ...]:
         """What is served."""
@@ -266,6 +270,12 @@ class InferenceService:
         for index, final in enumerate(finals):
             if final.capture is not None:
                 self.captures.put(principal.tenant, call.request_id, index, final.capture)
+
+
+def _num_chars(prompt: TextPrompt | ChatPrompt) -> int:
+    if isinstance(prompt, TextPrompt):
+        return len(prompt.text)
+    return sum(len(message.content) for message in prompt.messages)
 
 
 def own_slots(name: str, principal: Principal) -> tuple[SlotKey, ...]:

@@ -36,6 +36,7 @@ class LearningService:
     loras: LoraStore
     lora_sizes: Sizes  # modules that this server adapts; none when it was started without
     max_lora_rank: int
+    base_names: frozenset[str]  # what the served model is called
     base_hash: str
     journal: Journal
     events_bus: EventBus
@@ -72,7 +73,9 @@ class LearningService:
         """The one of that name. Raises AdapterNotFound."""
         return self.loras.get(principal.tenant, name)
 
-    async def load_lora(self, name: str, path: str, principal: Principal) -> LoraInfo:
+    async def load_lora(
+        self, name: str, path: str, principal: Principal, *, any_base: bool
+    ) -> LoraInfo:
         """Read, check, store, and only then serve. Requests under way keep what they have."""
         if not self.lora_sizes:
             raise IncompatibleAdapter(
@@ -82,7 +85,12 @@ class LearningService:
 
         def load() -> LoraInfo:
             check_name(name)
-            table = read_peft(Path(path), self.lora_sizes, max_rank=self.max_lora_rank)
+            table = read_peft(
+                Path(path),
+                self.lora_sizes,
+                max_rank=self.max_lora_rank,
+                base_names=() if any_base else self.base_names,
+            )
             return self.loras.put(
                 principal.tenant, name, table, base_hash=self.base_hash, source=path
             )

@@ -140,12 +140,13 @@ class Metrics:
         """Read the journal's counters at every scrape."""
         self._registry.register(cast(Collector, _Collected(lambda: _journal_families(counts()))))
 
-    def watch_adapters(self, num_adapters: Callable[[], int]) -> None:
-        """Read the number of adapters with a live version at every scrape."""
-        gauge = Gauge(
-            "sona_adapters", "Adapters with a live version, all tenants.", registry=self._registry
-        )
-        gauge.set_function(num_adapters)
+    def watch_adapters(self, num_adapters: Callable[[], int], num_loras: Callable[[], int]) -> None:
+        """Read the number of adapters with a live version, and of loaded LoRAs, at every scrape."""
+        for name, help_text, count in (
+            ("sona_adapters", "Learned adapters with a live version, all tenants.", num_adapters),
+            ("sona_loras", "LoRAs loaded, all tenants.", num_loras),
+        ):
+            Gauge(name, help_text, registry=self._registry).set_function(count)
 
     def call_ended(self, method: str, code: grpc.StatusCode, seconds: float) -> None:
         """A gRPC call ended; `method` is one of ours. The server's `observe`."""
@@ -156,7 +157,7 @@ class Metrics:
         """An answer ended. `first_token_s` counts from arrival; None: there was no token."""
         for answer in reply.answers:
             self._generations.labels(answer.finish_reason.value).inc()
-        if reply.adapter_versions:
+        if reply.pattern_ids:
             self._adapted.inc()
         timing = reply.timing
         for phase, seconds in (
@@ -169,7 +170,7 @@ class Metrics:
         if first_token_s is None:
             return
         self._first_token_s.observe(first_token_s)
-        later = reply.usage.num_completion_tokens - 1
+        later = max(len(answer.token_ids) for answer in reply.answers) - 1
         if later > 0:
             self._token_s.observe(max(0.0, timing.total_s - first_token_s) / later)
 
@@ -216,9 +217,11 @@ def _engine_families(stats: EngineStats) -> Iterator[Metric]:
     for name, help_text, value in (
         ("sona_requests_running", "Requests in the batch.", stats.num_running),
         ("sona_requests_waiting", "Requests queued.", stats.num_waiting),
+        ("sona_prompt_tokens_waiting", "Tokens of their prompts.", stats.num_waiting_tokens),
         ("sona_kv_pages", "Pages of the KV pool.", stats.num_pages),
         ("sona_kv_pages_free", "Of these, free.", stats.num_free_pages),
         ("sona_kv_pages_idle", "Of these, cached prefixes nobody uses.", stats.num_idle_pages),
+        ("sona_kv_pages_sessions", "Pages that sessions keep warm.", stats.num_session_pages),
         ("sona_kv_cache_usage_ratio", "Share of pages in use.", used / max(1, stats.num_pages)),
         ("sona_resident_heads", "Learned versions on the device.", stats.num_resident_heads),
         ("sona_resident_loras", "LoRA versions on the device.", stats.num_resident_loras),

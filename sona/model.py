@@ -1,5 +1,6 @@
 """A checkpoint to a warm engine: the slow part of starting up."""
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ class Warm:
     runner: Runner
     info: ModelInfo
     head_rows: HeadRows
+    names: frozenset[str]  # by which a LoRA may call it
 
 
 def shipped_model() -> Path:
@@ -70,7 +72,19 @@ def warm_up(
         compile_buckets()
     progress("compile learning", 1, 1)
     name = served_name or ("sona-nano" if not model else directory.resolve().name)
-    return Warm(loaded, tokenizer, plan, runner, _info(name, loaded, plan), head_rows)
+    names = _names(name, directory.resolve())
+    return Warm(loaded, tokenizer, plan, runner, _info(name, loaded, plan), head_rows, names)
+
+
+def _names(name: str, directory: Path) -> frozenset[str]:
+    """Its name here, its directory's, the hub's in a hub cache, and what its config says."""
+    names = {name, directory.name}
+    names |= {
+        p.name.rpartition("--")[2] for p in directory.parents if p.name.startswith("models--")
+    }
+    said = json.loads((directory / "config.json").read_text("utf-8")).get("_name_or_path")
+    names.add(str(said or "").rstrip("/").rpartition("/")[2])
+    return frozenset(names - {""})
 
 
 def use_compile_cache() -> None:

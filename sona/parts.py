@@ -54,13 +54,14 @@ def compose(
     routing: Routing,
 ) -> Parts:
     info, plan, events = warm.info, warm.plan, EventBus()
-    metrics = _metrics(warm, engine, journal, store)
+    metrics = _metrics(warm, engine, journal, store, loras)
     captures = CaptureRing(config.learning.capture_memory_bytes, config.data.retention_s)
     limits = Limits(
         model_names=(info.name,),
         max_model_len=plan.max_len,
         vocab_size=info.vocab_size,
         max_choices=plan.max_num_seqs,
+        max_chars=warm.tokenizer.max_chars(plan.max_len),
         max_correction_bytes=config.learning.max_correction_bytes,
     )
     table_limits = TableLimits(
@@ -105,6 +106,7 @@ def compose(
         loras=loras,
         lora_sizes=warm.runner.loras.sizes,
         max_lora_rank=plan.lora_rank,
+        base_names=warm.names,
         base_hash=info.base_hash,
         journal=journal,
         events_bus=events,
@@ -124,7 +126,9 @@ def compose(
     )
 
 
-def _metrics(warm: Warm, engine: EngineClient, journal: Journal, store: AdapterStore) -> Metrics:
+def _metrics(
+    warm: Warm, engine: EngineClient, journal: Journal, store: AdapterStore, loras: LoraStore
+) -> Metrics:
     """The registry, watching what counts for itself."""
     metrics = Metrics(
         version=metadata.version("sona"),
@@ -134,7 +138,7 @@ def _metrics(warm: Warm, engine: EngineClient, journal: Journal, store: AdapterS
     )
     metrics.watch_engine(engine.stats)
     metrics.watch_journal(journal.counts)
-    metrics.watch_adapters(lambda: len(store.slots()))
+    metrics.watch_adapters(lambda: len(store.slots()), lambda: loras.num_loaded)
     return metrics
 
 

@@ -205,9 +205,12 @@ class Learning(Protocol):
         """The one of that name. Raises AdapterNotFound."""
         ...
 
-    async def load_lora(self, name: str, path: str, principal: Principal) -> LoraInfo:
+    async def load_lora(
+        self, name: str, path: str, principal: Principal, *, any_base: bool
+    ) -> LoraInfo:
         """Read a LoRA from a directory of the server and serve it; replaces one of that name.
 
+        One that names another base model than the served one is refused unless `any_base`.
         Raises InvalidAdapter, IncompatibleAdapter, StoreUnwritable. Allowed already.
         """
         ...

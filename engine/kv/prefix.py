@@ -72,7 +72,7 @@ class PrefixCache:
         self._idle: list[tuple[int, int, Node]] = []  # heap by last use; entries may be outdated
         self._entries = itertools.count()
         self._sessions: OrderedDict[Hashable, _Session] = OrderedDict()  # least recent first
-        self._num_session_pages = 0
+        self.num_session_pages = 0
 
     def root(self, space: Space) -> Node:
         """Where the tokens of a space begin."""
@@ -125,9 +125,9 @@ class PrefixCache:
         if not 0 < node.depth <= self._session_pages:
             return
         node.num_sessions += 1
-        self._num_session_pages += node.depth
+        self.num_session_pages += node.depth
         self._sessions[session] = _Session(node, self._clock() + self._session_idle_s)
-        while self._num_session_pages > self._session_pages:
+        while self.num_session_pages > self._session_pages:
             self._forget(next(iter(self._sessions)))
 
     def make_room(self, count: int) -> bool:
@@ -182,5 +182,5 @@ class PrefixCache:
         session = self._sessions.pop(name, None)
         if session is not None:
             session.node.num_sessions -= 1
-            self._num_session_pages -= session.node.depth
+            self.num_session_pages -= session.node.depth
             self._offer(session.node)

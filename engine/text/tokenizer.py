@@ -32,6 +32,9 @@ class Tokenizer:
         self._control_texts = tuple(
             token.content for token in control.get_added_tokens_decoder().values() if token.special
         )
+        self._longest = max(map(len, control.get_vocab(with_added_tokens=True)), default=1)
+        if literal.normalizer is not None:  # may make one letter of several, in Hangul of three
+            self._longest *= 4
         self.eos_ids = eos_ids
         self.bos_id = bos_id
 
@@ -72,11 +75,15 @@ class Tokenizer:
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Ids of `text`, with the tokenizer's own start token where it has one."""
         chosen = self._control if allow_special else self._literal
-        return chosen.encode(text).ids
+        return _ids(chosen, text, add_special_tokens=True)
 
     def encode_continuation(self, text: str) -> list[int]:
         """Ids of text that follows a prompt: no start token, no control tokens."""
-        return self._literal.encode(text, add_special_tokens=False).ids
+        return _ids(self._literal, text)
+
+    def max_chars(self, num_tokens: int) -> int:
+        """Letters that so many tokens hold at most: a longer text has more tokens."""
+        return num_tokens * self._longest
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids` without control tokens."""
@@ -90,7 +97,7 @@ class Tokenizer:
             raise InvalidJob("this model has no chat template; send text or token ids")
         if not any(self._has_control(message) for message in messages):
             text = self._template.render(messages, add_generation_prompt=add_generation_prompt)
-            return self._control.encode(text, add_special_tokens=False).ids
+            return _ids(self._control, text)
         return self._chat_ids_piecewise(messages, add_generation_prompt)
 
     def _has_control(self, message: Message) -> bool:
@@ -113,9 +120,16 @@ class Tokenizer:
                     "the chat template changes the order of messages that hold "
                     "control-token text; remove that text"
                 )
-            ids += self._control.encode(head, add_special_tokens=False).ids
+            ids += _ids(self._control, head)
             ids += self.encode_continuation(content)
-        return ids + self._control.encode(rest, add_special_tokens=False).ids
+        return ids + _ids(self._control, rest)
+
+
+def _ids(
+    tokenizer: tokenizers.Tokenizer, text: str, *, add_special_tokens: bool = False
+) -> list[int]:
+    """As `encode`, which keeps every other Python thread waiting; batches do not."""
+    return tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
 
 def _read(path: Path) -> tokenizers.Tokenizer:

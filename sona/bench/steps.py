@@ -34,7 +34,7 @@ def measure_steps() -> list[Figure]:
         assert slot is not None, "there are as many slots as rows"
         sequence.lora_slot = slot
     tokenizer = random_tokenizer(QWEN25_05B.vocab_size, QWEN25_05B.eos_ids[0])
-    grammars = Grammars(tokenizer, vocab_size=QWEN25_05B.vocab_size)
+    grammars = Grammars(tokenizer, vocab_size=QWEN25_05B.vocab_size, max_len=32_768)
     forms = [grammars.compile(Constraint("json_schema", _schema(row))) for row in range(ROWS)]
     for sequence, form in zip(formed, forms, strict=True):
         sequence.matcher = form.copy()

@@ -38,10 +38,11 @@ def list_adapters(client: "Client", as_json: bool) -> None:
 @adapters.command()
 @click.argument("name")
 @click.argument("path")
+@click.option("--any-base", is_flag=True, help="Although it names another base model.")
 @client_options
-def load(client: "Client", as_json: bool, name: str, path: str) -> None:
+def load(client: "Client", as_json: bool, name: str, path: str, any_base: bool) -> None:
     """Serve the LoRA in PATH, a directory on the server that peft wrote, as NAME."""
-    loaded = client.load_adapter(name, path)
+    loaded = client.load_adapter(name, path, any_base=any_base)
     if as_json:
         show_json(loaded)
         return

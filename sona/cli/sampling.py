@@ -8,7 +8,7 @@ import click
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _FORMS = ("json_schema", "regex", "grammar", "choice")
-_COUNT = click.IntRange(min=0)
+_COUNT = click.IntRange(0, 2**32 - 1)  # what the wire holds
 
 ADAPTER = click.option(
     "--adapter", default="",
@@ -53,20 +53,23 @@ _OPTIONS = (
         "--logit-bias", multiple=True, metavar="ID=NUMBER", callback=_bias,
         help="Added to a token's logit; may be given again.",
     ),
-    click.option("--seed", type=_COUNT),
-    click.option("--n", type=click.IntRange(min=1), help="Answers to the same prompt."),
+    click.option("--seed", type=click.IntRange(0, 2**64 - 1)),
+    click.option("--n", type=click.IntRange(1, 2**32 - 1), help="Answers to the same prompt."),
     click.option("--min-tokens", type=_COUNT),
     click.option("--max-tokens", type=_COUNT),
     click.option("--ignore-eos", is_flag=True, default=None, help="Go on to --max-tokens."),
     click.option("--stop", multiple=True, help="A text that ends the answer; may be given again."),
     click.option("--stop-token-ids", type=_COUNT, multiple=True, metavar="ID"),
-    click.option("--logprobs", type=_COUNT, help="Likeliest tokens to report."),
+    click.option("--logprobs", type=_COUNT, help="Likeliest tokens to report; shown with --json."),
     click.option("--prompt-logprobs", type=_COUNT, help="The same for the prompt's tokens."),
     click.option("--json-schema", callback=_text_or_file, help="Form of the answer, or @FILE."),
     click.option("--regex", help="Form of the answer."),
     click.option("--grammar", callback=_text_or_file, help="Form of the answer, Lark, or @FILE."),
     click.option("--choice", multiple=True, help="An allowed answer; give every one."),
-    click.option("--priority", type=int, help="Lower first, among your tenant's requests."),
+    click.option(
+        "--priority", type=click.IntRange(-(2**31), 2**31 - 1),
+        help="Lower first, among your tenant's requests.",
+    ),
     click.option("--session-id", help="A conversation, whose beginning stays cached."),
     click.option("--cache-salt", help="Share cached prompts with equal salts only."),
 )  # fmt: skip

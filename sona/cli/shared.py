@@ -17,17 +17,23 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
 def client_options(command: _Command) -> _Command:
-    """Adds --address, --api-key and --json; the command gets a `client` and `as_json`."""
+    """Adds --address, --api-key, --timeout and --json; the command gets `client` and `as_json`."""
 
     @click.option(
         "--address", envvar="SONA_ADDRESS", default="127.0.0.1:50051", show_default=True,
         help="gRPC address of a running server.",
     )  # fmt: skip
     @click.option("--api-key", envvar="SONA_API_KEY", help="The caller's key.")
+    @click.option(
+        "--timeout", "timeout_s", type=click.FloatRange(min=0, min_open=True), default=120.0,
+        show_default=True, help="Seconds; a request that cannot be answered in time is refused.",
+    )  # fmt: skip
     @click.option("--json", "as_json", is_flag=True, help="Print JSON, one document per reply.")
     @functools.wraps(command)
-    def wrapped(*args: Any, address: str, api_key: str | None, **kwargs: Any) -> Any:
-        with refusals_told(address), _connected(address, api_key) as client:
+    def wrapped(
+        *args: Any, address: str, api_key: str | None, timeout_s: float, **kwargs: Any
+    ) -> Any:
+        with refusals_told(address), _connected(address, api_key, timeout_s) as client:
             return command(*args, client=client, **kwargs)
 
     return wrapped  # pyright: ignore[reportReturnType]
@@ -78,8 +84,8 @@ def parse_scope(context: click.Context, option: click.Parameter, value: str | No
 
 
 @contextlib.contextmanager
-def _connected(address: str, api_key: str | None) -> "Iterator[Client]":
+def _connected(address: str, api_key: str | None, timeout_s: float) -> "Iterator[Client]":
     from sona.client import Client
 
-    with Client(address, api_key=api_key) as client:
+    with Client(address, api_key=api_key, timeout_s=timeout_s) as client:
         yield client

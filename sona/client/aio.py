@@ -159,9 +159,14 @@ class AsyncClient:
         )
         return await self._learning.RollbackAdapter(request, **self._call())
 
-    async def load_adapter(self, name: str, path: str) -> learning_pb2.Adapter:
-        """Serve a LoRA from a directory of the server, or replace the one of that name."""
-        request = learning_pb2.LoadAdapterRequest(name=name, path=path)
+    async def load_adapter(
+        self, name: str, path: str, *, any_base: bool = False
+    ) -> learning_pb2.Adapter:
+        """Serve a LoRA from a directory of the server, or replace the one of that name.
+
+        One that says it was trained on another model is refused, unless `any_base`.
+        """
+        request = learning_pb2.LoadAdapterRequest(name=name, path=path, any_base=any_base)
         return (await self._learning.LoadAdapter(request, **self._call())).adapter
 
     async def unload_adapter(self, name: str) -> None:

@@ -160,9 +160,12 @@ class Client:
         )
         return self._learning.RollbackAdapter(request, **self._call())
 
-    def load_adapter(self, name: str, path: str) -> learning_pb2.Adapter:
-        """Serve a LoRA from a directory of the server, or replace the one of that name."""
-        request = learning_pb2.LoadAdapterRequest(name=name, path=path)
+    def load_adapter(self, name: str, path: str, *, any_base: bool = False) -> learning_pb2.Adapter:
+        """Serve a LoRA from a directory of the server, or replace the one of that name.
+
+        One that says it was trained on another model is refused, unless `any_base`.
+        """
+        request = learning_pb2.LoadAdapterRequest(name=name, path=path, any_base=any_base)
         return (self._learning.LoadAdapter(request, **self._call())).adapter
 
     def unload_adapter(self, name: str) -> None:

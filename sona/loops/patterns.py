@@ -85,8 +85,9 @@ class Patterns:
         """Raise IncompatibleAdapter when states of this base model mean nothing here."""
         if base_hash != self._base_hash:
             raise IncompatibleAdapter(
-                f"the answer is of the base model {base_hash[:12]}, the one served is "
-                f"{self._base_hash[:12]}; serve that model again to learn from it"
+                f"the answer came from other weights below the head ({base_hash[:12]}) than the "
+                f"ones that learn ({self._base_hash[:12]}): a LoRA shaped it, or another base "
+                "model was served; it is kept"
             )
 
     def taught(

@@ -77,6 +77,7 @@ class InferenceService(InferenceServiceServicer):
         current_principal()
         checks.check_model(request.model, self._limits)
         prompt = parse.prompt(request)
+        checks.check_chars(prompt, self._limits)
         return inference_pb2.TokenizeResponse(
             token_ids=await self._inference.tokenize(prompt),
             max_model_len=self._limits.max_model_len,

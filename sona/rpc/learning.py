@@ -114,6 +114,12 @@ class LearningService(LearningServiceServicer):
     ) -> learning_pb2.RollbackAdapterResponse:
         """A user's own; at tenant scope, or another's, an operator's."""
         principal = current_principal()
+        if request.name and not checks.is_pattern_name(request.name):
+            raise InvalidField(
+                "name",
+                f"name is {request.name[:80]!r}; a learned adapter (pattern-7) has versions to "
+                "return to, a LoRA has none: load its earlier files again",
+            )
         owner = _owner(request.owner, principal, "RollbackAdapter")
         found = await self._learning.get_adapter(
             _name(request.name), _scope(request.scope), owner, principal
@@ -141,7 +147,9 @@ class LearningService(LearningServiceServicer):
         principal.require("operator", "LoadAdapter")
         if not request.path:
             raise InvalidField("path", "path is empty; name the LoRA's directory on the server")
-        info = await self._learning.load_lora(_name(request.name), request.path, principal)
+        info = await self._learning.load_lora(
+            _name(request.name), request.path, principal, any_base=request.any_base
+        )
         return learning_pb2.LoadAdapterResponse(adapter=convert_learning.lora(info))
 
     @unary

@@ -115,6 +115,7 @@ def score_call(
     checks.check_prompt(call.prompt, limits)
     if not call.continuation:
         raise InvalidField("continuation", "there is nothing to score; send some text")
+    checks.check_text("continuation", call.continuation, limits)
     return call
 
 

@@ -111,10 +111,17 @@ def build_server(
     return RpcServer(server, probes, _bind(server, host, port))
 
 
+_MAX_PENDING = 100_000
+
+
 def _options(max_receive_bytes: int) -> list[tuple[str, int]]:
     return [
         ("grpc.so_reuseport", 0),  # else a second server would bind the same port and share it
         ("grpc.max_receive_message_length", max_receive_bytes),
+        # Beyond a thousand calls that wait to be taken, gRPC drops some without a word; ours
+        # are refused with a status and a time to come back.
+        ("grpc.server.max_pending_requests", _MAX_PENDING),
+        ("grpc.server.max_pending_requests_hard_limit", _MAX_PENDING),
         # A client may ping during a long prefill; the default cuts it off after two pings.
         ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),

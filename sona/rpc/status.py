@@ -62,6 +62,7 @@ STATUS: dict[type[Exception], grpc.StatusCode] = {
     adapter_errors.AdapterError: _Code.INTERNAL,
     # engine
     engine_errors.InvalidJob: _Code.INVALID_ARGUMENT,
+    engine_errors.FormFailed: _Code.INVALID_ARGUMENT,
     engine_errors.DuplicateJob: _Code.ALREADY_EXISTS,
     engine_errors.QueueFull: _Code.RESOURCE_EXHAUSTED,
     engine_errors.DeadlinePassed: _Code.DEADLINE_EXCEEDED,
@@ -116,7 +117,9 @@ def public_message(error: Exception) -> str:
     text = str(error).encode(errors="replace")
     if len(text) <= _MAX_MESSAGE_BYTES:
         return text.decode()
-    return text[: _MAX_MESSAGE_BYTES - 3].decode(errors="ignore") + "..."
+    half = _MAX_MESSAGE_BYTES // 2 - 3  # what to do about it stands at the end
+    head, tail = (part.decode(errors="ignore") for part in (text[:half], text[-half:]))
+    return f"{head} ... {tail}"
 
 
 def details_of(error: Exception) -> list[message.Message]:

@@ -27,7 +27,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from sona.v1 import inference_pb2 as sona_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15sona/v1/control.proto\x12\x07sona.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17sona/v1/inference.proto\"\x16\n\x14GetServerInfoRequest\"\xfc\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x1d\n\x05model\x18\x02 \x01(\x0b\x32\x0e.sona.v1.Model\x12#\n\x08hardware\x18\x03 \x01(\x0b\x32\x11.sona.v1.Hardware\x12\x1b\n\x04plan\x18\x04 \x01(\x0b\x32\r.sona.v1.Plan\x12.\n\nstart_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x18\n\x10learning_enabled\x18\x06 \x01(\x08\x12\'\n\x06\x63\x61ller\x18\x07 \x01(\x0b\x32\x17.sona.v1.CallerIdentity\"A\n\x0e\x43\x61llerIdentity\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x11\n\tprincipal\x18\x02 \x01(\t\x12\x0c\n\x04role\x18\x03 \x01(\t\"U\n\x08Hardware\x12\x10\n\x08platform\x18\x01 \x01(\t\x12\x0f\n\x07\x64\x65vices\x18\x02 \x03(\t\x12\x10\n\x08num_cpus\x18\x03 \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x04 \x01(\x04\"\x9c\x01\n\x04Plan\x12\x15\n\rmax_model_len\x18\x01 \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\x02 \x01(\r\x12\x11\n\tpage_size\x18\x03 \x01(\r\x12\x11\n\tnum_pages\x18\x04 \x01(\r\x12\x12\n\npage_bytes\x18\x05 \x01(\x04\x12\x16\n\x0enum_head_slots\x18\x06 \x01(\r\x12\x15\n\rdeterministic\x18\x07 \x01(\x08\"8\n\x0c\x44rainRequest\x12(\n\x05grace\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x0f\n\rDrainResponse\")\n\x13\x41\x62ortRequestRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\'\n\x14\x41\x62ortRequestResponse\x12\x0f\n\x07\x61\x62orted\x18\x01 \x01(\x08\"L\n\x14SearchWitnessRequest\x12\r\n\x05query\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x12\n\npage_token\x18\x03 \x01(\t\"X\n\x15SearchWitnessResponse\x12&\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x15.sona.v1.WitnessEntry\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"{\n\x0cWitnessEntry\x12\r\n\x05index\x18\x01 \x01(\x04\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tprincipal\x18\x03 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x04 \x01(\t\x12\x0f\n\x07subject\x18\x05 \x01(\t\"\x16\n\x14VerifyWitnessRequest\"s\n\x15VerifyWitnessResponse\x12\r\n\x05valid\x18\x01 \x01(\x08\x12\x13\n\x0bnum_entries\x18\x02 \x01(\x04\x12\x1f\n\x12\x66irst_broken_index\x18\x03 \x01(\x04H\x00\x88\x01\x01\x42\x15\n\x13_first_broken_index2\x85\x03\n\x0e\x43ontrolService\x12N\n\rGetServerInfo\x12\x1d.sona.v1.GetServerInfoRequest\x1a\x1e.sona.v1.GetServerInfoResponse\x12\x36\n\x05\x44rain\x12\x15.sona.v1.DrainRequest\x1a\x16.sona.v1.DrainResponse\x12K\n\x0c\x41\x62ortRequest\x12\x1c.sona.v1.AbortRequestRequest\x1a\x1d.sona.v1.AbortRequestResponse\x12N\n\rSearchWitness\x12\x1d.sona.v1.SearchWitnessRequest\x1a\x1e.sona.v1.SearchWitnessResponse\x12N\n\rVerifyWitness\x12\x1d.sona.v1.VerifyWitnessRequest\x1a\x1e.sona.v1.VerifyWitnessResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15sona/v1/control.proto\x12\x07sona.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17sona/v1/inference.proto\"\x16\n\x14GetServerInfoRequest\"\xfc\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x1d\n\x05model\x18\x02 \x01(\x0b\x32\x0e.sona.v1.Model\x12#\n\x08hardware\x18\x03 \x01(\x0b\x32\x11.sona.v1.Hardware\x12\x1b\n\x04plan\x18\x04 \x01(\x0b\x32\r.sona.v1.Plan\x12.\n\nstart_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x18\n\x10learning_enabled\x18\x06 \x01(\x08\x12\'\n\x06\x63\x61ller\x18\x07 \x01(\x0b\x32\x17.sona.v1.CallerIdentity\"A\n\x0e\x43\x61llerIdentity\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x11\n\tprincipal\x18\x02 \x01(\t\x12\x0c\n\x04role\x18\x03 \x01(\t\"U\n\x08Hardware\x12\x10\n\x08platform\x18\x01 \x01(\t\x12\x0f\n\x07\x64\x65vices\x18\x02 \x03(\t\x12\x10\n\x08num_cpus\x18\x03 \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x04 \x01(\x04\"\xae\x02\n\x04Plan\x12\x15\n\rmax_model_len\x18\x01 \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\x02 \x01(\r\x12\x11\n\tpage_size\x18\x03 \x01(\r\x12\x11\n\tnum_pages\x18\x04 \x01(\r\x12\x12\n\npage_bytes\x18\x05 \x01(\x04\x12\x16\n\x0enum_head_slots\x18\x06 \x01(\r\x12\x15\n\rdeterministic\x18\x07 \x01(\x08\x12\x11\n\tmax_loras\x18\x08 \x01(\r\x12\x15\n\rmax_lora_rank\x18\t \x01(\r\x12\x13\n\x0bmax_waiting\x18\n \x01(\r\x12\x1a\n\x12max_waiting_tokens\x18\x0b \x01(\x04\x12\x1e\n\x16max_num_batched_tokens\x18\x0c \x01(\r\x12\x15\n\rsession_pages\x18\r \x01(\r\"8\n\x0c\x44rainRequest\x12(\n\x05grace\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x0f\n\rDrainResponse\")\n\x13\x41\x62ortRequestRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\'\n\x14\x41\x62ortRequestResponse\x12\x0f\n\x07\x61\x62orted\x18\x01 \x01(\x08\"L\n\x14SearchWitnessRequest\x12\r\n\x05query\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x12\n\npage_token\x18\x03 \x01(\t\"X\n\x15SearchWitnessResponse\x12&\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x15.sona.v1.WitnessEntry\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"{\n\x0cWitnessEntry\x12\r\n\x05index\x18\x01 \x01(\x04\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tprincipal\x18\x03 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x04 \x01(\t\x12\x0f\n\x07subject\x18\x05 \x01(\t\"\x16\n\x14VerifyWitnessRequest\"s\n\x15VerifyWitnessResponse\x12\r\n\x05valid\x18\x01 \x01(\x08\x12\x13\n\x0bnum_entries\x18\x02 \x01(\x04\x12\x1f\n\x12\x66irst_broken_index\x18\x03 \x01(\x04H\x00\x88\x01\x01\x42\x15\n\x13_first_broken_index2\x85\x03\n\x0e\x43ontrolService\x12N\n\rGetServerInfo\x12\x1d.sona.v1.GetServerInfoRequest\x1a\x1e.sona.v1.GetServerInfoResponse\x12\x36\n\x05\x44rain\x12\x15.sona.v1.DrainRequest\x1a\x16.sona.v1.DrainResponse\x12K\n\x0c\x41\x62ortRequest\x12\x1c.sona.v1.AbortRequestRequest\x1a\x1d.sona.v1.AbortRequestResponse\x12N\n\rSearchWitness\x12\x1d.sona.v1.SearchWitnessRequest\x1a\x1e.sona.v1.SearchWitnessResponse\x12N\n\rVerifyWitness\x12\x1d.sona.v1.VerifyWitnessRequest\x1a\x1e.sona.v1.VerifyWitnessResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,25 +43,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HARDWARE']._serialized_start=470
   _globals['_HARDWARE']._serialized_end=555
   _globals['_PLAN']._serialized_start=558
-  _globals['_PLAN']._serialized_end=714
-  _globals['_DRAINREQUEST']._serialized_start=716
-  _globals['_DRAINREQUEST']._serialized_end=772
-  _globals['_DRAINRESPONSE']._serialized_start=774
-  _globals['_DRAINRESPONSE']._serialized_end=789
-  _globals['_ABORTREQUESTREQUEST']._serialized_start=791
-  _globals['_ABORTREQUESTREQUEST']._serialized_end=832
-  _globals['_ABORTREQUESTRESPONSE']._serialized_start=834
-  _globals['_ABORTREQUESTRESPONSE']._serialized_end=873
-  _globals['_SEARCHWITNESSREQUEST']._serialized_start=875
-  _globals['_SEARCHWITNESSREQUEST']._serialized_end=951
-  _globals['_SEARCHWITNESSRESPONSE']._serialized_start=953
-  _globals['_SEARCHWITNESSRESPONSE']._serialized_end=1041
-  _globals['_WITNESSENTRY']._serialized_start=1043
-  _globals['_WITNESSENTRY']._serialized_end=1166
-  _globals['_VERIFYWITNESSREQUEST']._serialized_start=1168
-  _globals['_VERIFYWITNESSREQUEST']._serialized_end=1190
-  _globals['_VERIFYWITNESSRESPONSE']._serialized_start=1192
-  _globals['_VERIFYWITNESSRESPONSE']._serialized_end=1307
-  _globals['_CONTROLSERVICE']._serialized_start=1310
-  _globals['_CONTROLSERVICE']._serialized_end=1699
+  _globals['_PLAN']._serialized_end=860
+  _globals['_DRAINREQUEST']._serialized_start=862
+  _globals['_DRAINREQUEST']._serialized_end=918
+  _globals['_DRAINRESPONSE']._serialized_start=920
+  _globals['_DRAINRESPONSE']._serialized_end=935
+  _globals['_ABORTREQUESTREQUEST']._serialized_start=937
+  _globals['_ABORTREQUESTREQUEST']._serialized_end=978
+  _globals['_ABORTREQUESTRESPONSE']._serialized_start=980
+  _globals['_ABORTREQUESTRESPONSE']._serialized_end=1019
+  _globals['_SEARCHWITNESSREQUEST']._serialized_start=1021
+  _globals['_SEARCHWITNESSREQUEST']._serialized_end=1097
+  _globals['_SEARCHWITNESSRESPONSE']._serialized_start=1099
+  _globals['_SEARCHWITNESSRESPONSE']._serialized_end=1187
+  _globals['_WITNESSENTRY']._serialized_start=1189
+  _globals['_WITNESSENTRY']._serialized_end=1312
+  _globals['_VERIFYWITNESSREQUEST']._serialized_start=1314
+  _globals['_VERIFYWITNESSREQUEST']._serialized_end=1336
+  _globals['_VERIFYWITNESSRESPONSE']._serialized_start=1338
+  _globals['_VERIFYWITNESSRESPONSE']._serialized_end=1453
+  _globals['_CONTROLSERVICE']._serialized_start=1456
+  _globals['_CONTROLSERVICE']._serialized_end=1845
 # @@protoc_insertion_point(module_scope)

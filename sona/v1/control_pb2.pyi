@@ -173,6 +173,12 @@ class Plan(_message.Message):
     PAGE_BYTES_FIELD_NUMBER: _builtins.int
     NUM_HEAD_SLOTS_FIELD_NUMBER: _builtins.int
     DETERMINISTIC_FIELD_NUMBER: _builtins.int
+    MAX_LORAS_FIELD_NUMBER: _builtins.int
+    MAX_LORA_RANK_FIELD_NUMBER: _builtins.int
+    MAX_WAITING_FIELD_NUMBER: _builtins.int
+    MAX_WAITING_TOKENS_FIELD_NUMBER: _builtins.int
+    MAX_NUM_BATCHED_TOKENS_FIELD_NUMBER: _builtins.int
+    SESSION_PAGES_FIELD_NUMBER: _builtins.int
     max_model_len: _builtins.int
     """Tokens of prompt plus answer."""
     max_num_seqs: _builtins.int
@@ -187,6 +193,18 @@ class Plan(_message.Message):
     """Learned versions resident on the device."""
     deterministic: _builtins.bool
     """Whether outputs are promised equal to the bit."""
+    max_loras: _builtins.int
+    """LoRA versions resident on the device; 0: none can be loaded."""
+    max_lora_rank: _builtins.int
+    """Of one LoRA, or of several merged."""
+    max_waiting: _builtins.int
+    """Requests that may wait."""
+    max_waiting_tokens: _builtins.int
+    """Tokens of their prompts."""
+    max_num_batched_tokens: _builtins.int
+    """Tokens computed in one turn."""
+    session_pages: _builtins.int
+    """KV pages that sessions may keep warm."""
     def __init__(
         self,
         *,
@@ -197,10 +215,16 @@ class Plan(_message.Message):
         page_bytes: _builtins.int = ...,
         num_head_slots: _builtins.int = ...,
         deterministic: _builtins.bool = ...,
+        max_loras: _builtins.int = ...,
+        max_lora_rank: _builtins.int = ...,
+        max_waiting: _builtins.int = ...,
+        max_waiting_tokens: _builtins.int = ...,
+        max_num_batched_tokens: _builtins.int = ...,
+        session_pages: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deterministic", b"deterministic", "max_model_len", b"max_model_len", "max_num_seqs", b"max_num_seqs", "num_head_slots", b"num_head_slots", "num_pages", b"num_pages", "page_bytes", b"page_bytes", "page_size", b"page_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deterministic", b"deterministic", "max_lora_rank", b"max_lora_rank", "max_loras", b"max_loras", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "max_waiting", b"max_waiting", "max_waiting_tokens", b"max_waiting_tokens", "num_head_slots", b"num_head_slots", "num_pages", b"num_pages", "page_bytes", b"page_bytes", "page_size", b"page_size", "session_pages", b"session_pages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

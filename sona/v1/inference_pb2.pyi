@@ -189,7 +189,9 @@ class SamplingParams(_message.Message):
     n: _builtins.int
     """Answers to draw, at most as many as the server has under way at once; default 1."""
     min_tokens: _builtins.int
-    """Tokens before an end is allowed, at most max_tokens; default 0."""
+    """Tokens before an end is allowed, at most max_tokens; default 0. A form that is complete ends
+    the answer all the same.
+    """
     max_tokens: _builtins.int
     """Tokens of the answer at most; at least 1, default 256."""
     ignore_eos: _builtins.bool

@@ -762,19 +762,23 @@ class LoadAdapterRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     PATH_FIELD_NUMBER: _builtins.int
+    ANY_BASE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The name to ask for it by: letters, digits, dots, dashes and underscores."""
     path: _builtins.str
     """A directory on the server with adapter_config.json and adapter_model.safetensors."""
+    any_base: _builtins.bool
+    """Load it although it names another base model than the one served; its shapes must fit."""
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         path: _builtins.str = ...,
+        any_base: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "path", b"path"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["any_base", b"any_base", "name", b"name", "path", b"path"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

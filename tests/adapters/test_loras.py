@@ -154,6 +154,12 @@ def test_factors_and_scale(tmp_path):
     assert not read.a["q_proj"][1].any()  # the other layer has none
 
 
+def _twice(name):
+    """With and without the prefix that peft writes."""
+    return name, name.removeprefix("base_model.model.")
+
+
+BASES = frozenset({"some-model", "sona-nano"})
 A, B = np.zeros((2, 48), np.float32), np.zeros((96, 2), np.float32)
 REFUSED = [
     ({"peft_type": "IA3"}, None, "peft_type is 'IA3'"),
@@ -162,9 +168,30 @@ REFUSED = [
     ({"bias": "all"}, None, "bias is 'all'"),
     ({"init_lora_weights": "olora"}, None, "rewritten base weights"),
     ({"lora_alpha": "much"}, None, "lora_alpha is 'much'"),
+    ({"lora_alpha": float("nan")}, None, "lora_alpha is 'nan'"),
+    ({"lora_alpha": float("inf")}, None, "lora_alpha is 'inf'"),
+    ({"lora_alpha": 1e300}, None, "lora_alpha is '1e\\+300'"),
+    ({"lora_alpha": 10**400}, None, "lora_alpha is '10000"),
+    ({"r": "2"}, None, "r is '2'; use a whole number"),
+    ({"r": 0}, None, "r is '0'; use a whole number"),
+    ({"rank_pattern": [4]}, None, "rank_pattern is"),
+    ({"rank_pattern": {"(": 4}}, None, "rank_pattern key is '\\('"),
+    ({"rank_pattern": {"([a-z._0-9]+)+!": 4}}, None, "no repeated groups"),
+    ({"alpha_pattern": "all"}, None, "alpha_pattern is 'all'"),
+    ({"alpha_pattern": {"q_proj": None}}, None, "alpha_pattern"),
+    ({"target_modules": ["q_proj", "v_proj"]}, None, "has no factors of v_proj"),
+    ({"base_model_name_or_path": "org/other-7B"}, None, "trained on 'org/other-7B'; this server"),
     ({"r": 3}, None, "should have rank 3; its factors have 2"),
     ({}, {PATH.format(0, "A"): A}, "has only lora_A"),
     ({}, {PATH.format(0, "A"): A * np.nan, PATH.format(0, "B"): B}, "holds NaN"),
+    ({}, {PATH.format(0, "A"): A + 1e30, PATH.format(0, "B"): B}, "beyond 1e\\+06"),
+    ({}, {PATH.format(0, "A"): A[:0], PATH.format(0, "B"): B[:, :0]}, "of another model"),
+    ({}, {PATH.format("9" * 5000, "A"): A}, "is not a LoRA factor"),
+    (
+        {},
+        {name: A if side == "A" else B for side in "AB" for name in _twice(PATH.format(0, side))},
+        "is there twice, by two names",
+    ),
     ({}, {PATH.format(9, "A"): A, PATH.format(9, "B"): B}, "adapts layer 9"),
     ({}, {PATH.format(0, "A"): A[:, :40], PATH.format(0, "B"): B}, "the LoRA is of another model"),
     ({}, {"base_model.model.lm_head.lora_A.weight": A}, "set engine.lora_on_head"),
@@ -176,7 +203,13 @@ REFUSED = [
 def test_what_cannot_be_served_is_refused_by_name(tmp_path, config, tensors, message):
     write_peft(tmp_path, config=config, tensors=tensors)
     with pytest.raises((InvalidAdapter, IncompatibleAdapter), match=message):
-        read_peft(tmp_path, SIZES, max_rank=2)
+        read_peft(tmp_path, SIZES, max_rank=2, base_names=BASES)
+
+
+@pytest.mark.parametrize("name", ["org/Some-Model", "/data/some-model/", "", None])
+def test_a_lora_may_call_its_base_by_any_of_its_names(tmp_path, name):
+    write_peft(tmp_path, config={"base_model_name_or_path": name})
+    assert read_peft(tmp_path, SIZES, max_rank=2, base_names=BASES).rank == 2
 
 
 def test_missing_and_half_written_files(tmp_path):
@@ -194,6 +227,11 @@ def test_missing_and_half_written_files(tmp_path):
     weights.unlink()
     (tmp_path / "adapter_model.bin").write_bytes(b"x")
     with pytest.raises(InvalidAdapter, match="safe_serialization"):
+        read_peft(tmp_path, SIZES, max_rank=2)
+    with pytest.raises(InvalidAdapter, match="cannot be read"):
+        read_peft(tmp_path / ("x" * 10_000), SIZES, max_rank=2)
+    (tmp_path / "adapter_config.json").write_text("[" * 100_000)
+    with pytest.raises(InvalidAdapter, match="is not JSON"):
         read_peft(tmp_path, SIZES, max_rank=2)
     (tmp_path / "adapter_config.json").write_text("{")
     with pytest.raises(InvalidAdapter, match="is not JSON"):

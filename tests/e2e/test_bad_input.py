@@ -13,6 +13,18 @@ from sona.v1 import inference_pb2, inference_pb2_grpc
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 CODE = grpc.StatusCode
+WIDE = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(1_500)}}
+ENDLESS = {
+    "$defs": {
+        "t": {
+            "type": "object",
+            "properties": {"c": {"$ref": "#/$defs/t"}},
+            "required": ["c"],
+            "additionalProperties": False,
+        }
+    },
+    "$ref": "#/$defs/t",
+}
 # Some 2^60 alternatives when they are written out.
 EXPLODING = {
     "$ref": "#/$defs/d0",
@@ -90,6 +102,19 @@ async def ann(server):
         ("a", {"json_schema": {"type": "number", "enum": ["x"]}}, CODE.INVALID_ARGUMENT, "schema"),
         ("a", {"json_schema": {"enum": ["x" * 2**20]}}, CODE.INVALID_ARGUMENT, "bytes; use 1 to"),
         ("a", {"json_schema": EXPLODING}, CODE.INVALID_ARGUMENT, "json_schema"),
+        ("a", {"regex": "a{1000000}"}, CODE.INVALID_ARGUMENT, "tokens at once; a context holds"),
+        ("a", {"regex": r"[^\s\S]"}, CODE.INVALID_ARGUMENT, "no text fits it"),
+        (
+            "a",
+            {"regex": "(a|b)a{1000000}"},
+            CODE.INVALID_ARGUMENT,
+            "cannot be followed any further",
+        ),
+        ("a", {"json_schema": {"$ref": "#"}}, CODE.INVALID_ARGUMENT, "no text fits it"),
+        ("a", {"json_schema": ENDLESS}, CODE.INVALID_ARGUMENT, "tokens at once; a context holds"),
+        ("a", {"json_schema": WIDE}, CODE.INVALID_ARGUMENT, "json_schema cannot be used"),
+        ("a" * 4_000_000, {}, CODE.INVALID_ARGUMENT, "has 4000000 characters; a context of 512"),
+        ("a", {"logit_bias": dict.fromkeys(range(257), 999.0)}, CODE.INVALID_ARGUMENT, "257 entr"),
     ],
 )
 async def test_generate_refuses(ann, prompt, options, code, message):

@@ -14,7 +14,8 @@ class Door:
     """A queue, a clock that is set by hand, and a note of who went through."""
 
     def __init__(self, **plan):
-        self.now, self.pace, self.count, self.num_free = 100.0, Pace(), 0, 0
+        self.now, self.count, self.num_free = 100.0, 0, 0
+        self.pace = Pace((4, 16))
         self.queue = WaitingQueue(small_plan(**plan), self.pace, clock=lambda: self.now)
 
     def arrive(self, tenant="a", *, priority=0, length=10, deadline_s=None, **sampling):
@@ -118,7 +119,7 @@ def test_one_that_lost_its_pages_comes_before_its_tenant_s_others():
 
 def test_the_queue_is_bounded_by_jobs_and_by_tokens_and_says_when_to_come_back():
     door = Door(max_waiting=3, max_waiting_tokens=100)
-    door.pace.prefilled(10, 2.0)  # 0.2 s a token
+    door.pace.prefilled(14, 3.0)  # 3 s for every 16 tokens; 30 wait
     for _ in range(3):
         door.arrive()
     with pytest.raises(QueueFull, match=r"3 requests with 30 tokens wait; at most 3 and 100") as e:
@@ -154,12 +155,12 @@ def test_a_job_that_cannot_end_in_time_is_late():
     door = Door()
     with pytest.raises(DeadlinePassed, match="was not begun"):
         door.arrive(deadline_s=99.0)
-    door.pace.decoded(1, 0.5)
+    door.pace.decoded(0.5)
     with pytest.raises(DeadlinePassed):
         door.arrive(deadline_s=104.0, min_tokens=9)
     waiting = door.arrive(deadline_s=104.0, min_tokens=7)
     assert not door.queue.is_late(waiting)
-    door.now = 101.0
+    door.now = 101.5  # 7 steps of .4 s, as the refusal doubts the .5
     assert door.queue.is_late(waiting)
     waiting.is_returning = True
     assert not door.queue.is_late(waiting)  # what was begun goes on
@@ -187,3 +188,34 @@ def test_leaving_is_counted_once_and_for_good():
         door.queue.discard(sequence)
     assert (len(door.queue), door.queue.num_tokens) == (0, 0)
     assert door.queue.first() is None
+
+
+def test_the_pace_is_the_least_of_late_by_bucket():
+    pace = Pace((16, 256))
+    assert pace.least_s(1000, 10) == 0.0  # nothing was measured
+    for _ in range(300):
+        pace.prefilled(2, 0.004)  # what a cached prefix left over
+    assert pace.least_s(256) == 0.0  # says nothing of a whole chunk
+    pace.prefilled(256, 0.1)
+    pace.prefilled(200, 5.0)  # a hiccup
+    assert pace.least_s(516) == pytest.approx(2 * 0.105 + 0.004)
+    for _ in range(100):
+        pace.prefilled(256, 5.0)  # no hiccup
+    assert pace.least_s(256) == pytest.approx(5.0)
+    pace.prefilled(256, 0.2)
+    assert pace.least_s(256) == 0.2
+
+
+def test_an_estimate_that_refuses_gives_way():
+    """What is refused is never measured: without this, one slow hour would refuse for ever."""
+    door = Door()
+    door.pace.decoded(60.0)
+    refusals = 0
+    while True:
+        try:
+            door.arrive(deadline_s=101.0, min_tokens=1)
+            break
+        except DeadlinePassed as error:
+            assert "has 1 s until its deadline and needs" in str(error)
+            refusals += 1
+    assert 10 < refusals < 25

@@ -135,6 +135,9 @@ async def test_generate_sends_every_setting_by_its_name(run, served, tmp_path):
     [
         (("--regex", "a", "--choice", "b"), "--regex and --choice are given; an answer has one"),
         (("--logit-bias", "x=1"), "'x=1' is not ID=NUMBER"),
+        (("--top-k", "9999999999"), "is not in the range"),
+        (("--seed", "9" * 30), "is not in the range"),
+        (("--timeout", "0"), "is not in the range"),
         (("--grammar", "@/no/such/file"), "'/no/such/file' cannot be read"),
         (("--raw", "--system", "s"), "--raw has no place for --system"),
     ],

@@ -24,7 +24,7 @@ def metrics():
     made = Metrics(version="1.2", model="toy", dtype="float32", base_hash="abc")
     made.watch_engine(ToyEngine().stats)
     made.watch_journal(lambda: COUNTS)
-    made.watch_adapters(lambda: 4)
+    made.watch_adapters(lambda: 4, lambda: 3)
     return made
 
 
@@ -85,14 +85,20 @@ def test_an_answer_gives_first_token_and_the_mean_of_the_rest(metrics):
 
 
 def test_an_answer_of_one_token_has_no_later_ones(metrics):
-    metrics.generation_ended(
-        reply(1, adapter_versions=(AdapterSpan("pattern-1", 1, 0, 1),)), first_token_s=0.2
-    )
+    metrics.generation_ended(reply(1, pattern_ids=(1,)), first_token_s=0.2)
     metrics.generation_ended(reply(0), first_token_s=None)
     found = samples(metrics)
     assert found["sona_adapted_generations_total",] == 1
     assert found["sona_time_to_first_token_seconds_count",] == 1
     assert found["sona_time_per_output_token_seconds_count",] == 0
+
+
+def test_a_lora_is_not_something_learned(metrics):
+    metrics.generation_ended(
+        reply(1, adapter_versions=(AdapterSpan("style", 1, 0, 1),)), first_token_s=0.2
+    )
+    assert samples(metrics)["sona_adapted_generations_total",] == 0
+    assert samples(metrics)["sona_loras",] == 3
 
 
 def test_learning_is_counted(metrics):

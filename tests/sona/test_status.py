@@ -115,4 +115,4 @@ async def test_what_is_not_built_names_itself():
 async def test_a_long_message_fits_into_the_trailers():
     context = await refused(sona.errors.InvalidRequest("é" * 100_000))
     assert len(context.text.encode()) <= 1_000
-    assert context.text.endswith("é...")
+    assert "é ... é" in context.text

@@ -93,6 +93,8 @@ class ToyEngine:
     def stats(self) -> EngineStats:
         return EngineStats(
             num_running=self.live,
+            num_waiting_tokens=0,
+            num_session_pages=0,
             num_waiting=0,
             num_pages=10,
             num_free_pages=10 - self.live,

@@ -56,7 +56,9 @@ class ToyLearning:
             raise AdapterNotFound(f"no LoRA {name!r}")
         return self.loras[name]
 
-    async def load_lora(self, name: str, path: str, principal: Principal) -> LoraInfo:
+    async def load_lora(
+        self, name: str, path: str, principal: Principal, *, any_base: bool
+    ) -> LoraInfo:
         version = self.loras[name].version + 1 if name in self.loras else 1
         self.loras[name] = LoraInfo(
             tenant=principal.tenant, name=name, version=version, base_hash="abc", rank=4,
