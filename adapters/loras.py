@@ -141,8 +141,7 @@ class LoraStore:
     @property
     def num_loaded(self) -> int:
         """Names of all tenants."""
-        with self._lock:
-            return len(self._live)
+        return len(self._live)
 
     def ref(self, tenant: str, name: str, version: int | None, *, base_hash: str) -> LoraRef:
         """The live version, ready for a job; reads the file when memory has let it go.

@@ -24,6 +24,9 @@ _NAME = re.compile(
     r"(?:base_model\.model\.)?(?P<path>(?:model\.)?layers\.(?P<layer>\d{1,6})\.(?:self_attn|mlp)\."
     r"(?P<module>\w+)|lm_head)\.lora_(?P<side>[AB])\.weight"
 )
+_DTYPES = ("F32", "F16", "BF16")
+_HEADER_BYTES = 1 << 20  # of a file with many names
+_READ_RANKS = 256  # a file with more is not even read
 _LARGEST = 1e6  # entry of a factor: no trained LoRA has such, and their products stay finite
 
 
@@ -49,7 +52,8 @@ def _read(directory: Path, sizes: Sizes, max_rank: int, base_names: Collection[s
     config = read_config(directory)
     if base_names:
         config.check_base(base_names)
-    pairs = _pairs(_tensors(directory), sizes)
+    largest = sum(layers * (size_in + size_out) for layers, size_in, size_out in sizes.values())
+    pairs = _pairs(_tensors(directory, 4 * _READ_RANKS * largest + _HEADER_BYTES), sizes)
     ranks = {len(sides["A"]) for sides in pairs.values()}
     if max(ranks) > max_rank:
         raise IncompatibleAdapter(
@@ -65,16 +69,27 @@ def _read(directory: Path, sizes: Sizes, max_rank: int, base_names: Collection[s
     return _table(pairs, sizes, config, max(ranks))
 
 
-def _tensors(directory: Path) -> dict[str, np.ndarray]:
+def _tensors(directory: Path, most_bytes: int) -> dict[str, np.ndarray]:
     path = directory / _WEIGHTS
     if not path.is_file():
         hint = "; a .bin file needs torch to be read: save it again with safe_serialization"
         raise InvalidAdapter(
             f"{path} does not exist{hint if list(directory.glob('*.bin')) else ''}"
         )
+    num_bytes = path.stat().st_size
+    if num_bytes > most_bytes:
+        raise IncompatibleAdapter(
+            f"{path} has {num_bytes} bytes; the largest LoRA of this model has some {most_bytes}"
+        )
     try:
         with safe_open(path, framework="np") as file:
             names = file.keys()
+            kinds = {name: file.get_slice(name).get_dtype() for name in names}
+            odd = next((name for name in names if kinds[name] not in _DTYPES), None)
+            if odd is not None:
+                raise InvalidAdapter(
+                    f"{_WEIGHTS}: {odd} is of type {kinds[odd]}; use one of {', '.join(_DTYPES)}"
+                )
             tensors = {name: file.get_tensor(name).astype(np.float32) for name in names}
     except (SafetensorError, OSError, struct.error) as error:
         raise InvalidAdapter(

@@ -21,6 +21,9 @@ _UNSUPPORTED = {
     "fan_in_fan_out": "fan_in_fan_out",
     "alora_invocation_tokens": "activated LoRA",
     "megatron_config": "Megatron layers",
+    "use_qalora": "QALoRA",
+    "target_parameters": "target_parameters (weights that are no linear module's)",
+    "arrow_config": "Arrow",
 }
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq")  # inits that rewrite the base's weights
 _REPEATED_GROUP = re.compile(r"\)[*+?{]")  # can take for ever to match

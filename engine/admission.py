@@ -7,7 +7,8 @@ algorithm 2, virtual token counter).
 
 Within a tenant the lower priority number goes first, then the older job. Every fourth admission
 goes to a job that has waited longer than `priority_patience_s`, oldest first: with m such jobs of
-its tenant before it, a job is admitted within 4 (m + 1) admissions of the tenant.
+its tenant before it, a job is admitted within 4 (m + 1) admissions of the tenant. Once admitted, a
+job as old as that goes before every younger one of its tenant.
 """
 
 import heapq
@@ -24,6 +25,7 @@ PROMPT_COST = 1.0
 GENERATED_COST = 2.0
 _AGED_EVERY = 4  # admissions of a tenant
 _LONGEST_RETRY_S = 60.0
+_Test = Callable[[Sequence], bool]
 _MOST_KEPT = 4_096  # counters, before those that say nothing are dropped
 
 
@@ -34,22 +36,32 @@ class _Line:
         self.by_age: OrderedDict[Sequence, None] = OrderedDict()  # in order of arrival
         self._by_rank: list[tuple[int, int, Sequence]] = []
         self.num_admitted = 0
+        self.num_tokens = 0
 
     def add(self, sequence: Sequence) -> None:
         self.by_age[sequence] = None
+        self.num_tokens += len(sequence.tokens)
         if sequence.is_returning:  # it lost its pages: it is the oldest there is
             self.by_age.move_to_end(sequence, last=False)
         heapq.heappush(self._by_rank, (sequence.job.priority, sequence.number, sequence))
 
-    def first(self, aged_before_s: float) -> Sequence:
-        """The next one; the line is not empty."""
+    def discard(self, sequence: Sequence) -> None:
+        del self.by_age[sequence]
+        self.num_tokens -= len(sequence.tokens)
+
+    def first(self, may_go: _Test, is_impatient: _Test) -> Sequence | None:
+        """The next one; the line is not empty. None: none of them may go."""
         oldest = next(iter(self.by_age))
         is_turn = self.num_admitted % _AGED_EVERY == _AGED_EVERY - 1
-        if is_turn and oldest.created_s < aged_before_s:
+        if is_turn and is_impatient(oldest):
             return oldest
         while self._by_rank[0][2] not in self.by_age:
             heapq.heappop(self._by_rank)
-        return self._by_rank[0][2]
+        best = self._by_rank[0][2]
+        if may_go(best) or is_impatient(best):
+            return best
+        ranked = (sequence for _, _, sequence in sorted(self._by_rank) if sequence in self.by_age)
+        return next((each for each in ranked if may_go(each) or is_impatient(each)), None)
 
 
 class WaitingQueue:
@@ -63,30 +75,31 @@ class WaitingQueue:
         self._served: dict[str, float] = {}
         self._active: Counter[str] = Counter()  # jobs of a tenant, waiting or running
         self._numbers = 0
+        self.num_waiting = 0  # plain numbers, which any thread may read
         self.num_tokens = 0  # to be computed for those that wait
-
-    def __len__(self) -> int:
-        return sum(len(line.by_age) for line in self._lines.values())
 
     def check(self, sequence: Sequence, *, num_free: int) -> None:
         """Refuse a new job that there is no room or no time for.
 
         The first `num_free` jobs are about to be admitted and wait in no queue. A tenant may
-        always have its share of the queue, whoever filled the rest.
+        always have its share of the queue, or one job in it, whoever filled the rest.
         Raises QueueFull, DeadlinePassed.
         """
         plan, tenant = self._plan, sequence.job.tenant
         if self.is_late(sequence):
             raise self.too_late(sequence)
-        num_waiting = len(self) - num_free
+        num_waiting = self.num_waiting - num_free
         num_tokens = self.num_tokens + len(sequence.tokens)
         fits = num_waiting < plan.max_waiting and num_tokens <= plan.max_waiting_tokens
-        if num_waiting < 0 or not len(self) or fits:
+        if num_waiting < 0 or not self.num_waiting or fits:
             return
         line = self._lines.get(tenant)
         num_tenants = len(self._lines) + (line is None)
-        own = 0 if line is None else len(line.by_age)
-        if num_tenants > 1 and own * num_tenants < plan.max_waiting:
+        if line is None or (
+            num_tenants > 1
+            and len(line.by_age) * num_tenants < plan.max_waiting
+            and (line.num_tokens + len(sequence.tokens)) * num_tenants <= plan.max_waiting_tokens
+        ):
             return
         wait_s = self._pace.least_s(self.num_tokens)
         raise QueueFull(
@@ -144,14 +157,20 @@ class WaitingQueue:
     def add(self, sequence: Sequence) -> None:
         """Let a job wait, again if it lost its pages."""
         self._lines.setdefault(sequence.job.tenant, _Line()).add(sequence)
+        self.num_waiting += 1
         self.num_tokens += len(sequence.tokens)
 
-    def first(self) -> Sequence | None:
-        """Who is admitted next."""
-        if not self._lines:
-            return None
-        tenant = min(self._lines, key=self._served.__getitem__)
-        return self._lines[tenant].first(self._clock() - self._plan.priority_patience_s)
+    def first(self, may_go: _Test = lambda _: True) -> Sequence | None:
+        """Who is admitted next, of those that may go; one that is impatient always may."""
+        for tenant in sorted(self._lines, key=self._served.__getitem__):
+            found = self._lines[tenant].first(may_go, self.is_impatient)
+            if found is not None:
+                return found
+        return None
+
+    def is_impatient(self, sequence: Sequence) -> bool:
+        """Whether a job has waited so long that its age counts more than anything else."""
+        return self._clock() - sequence.created_s > self._plan.priority_patience_s
 
     def admit(self, sequence: Sequence) -> None:
         """The job waits no longer: it has a place."""
@@ -164,7 +183,8 @@ class WaitingQueue:
         line = self._lines.get(tenant)
         if line is None or sequence not in line.by_age:
             return
-        del line.by_age[sequence]
+        line.discard(sequence)
+        self.num_waiting -= 1
         self.num_tokens -= len(sequence.tokens)
         if not line.by_age:
             del self._lines[tenant]

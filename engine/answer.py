@@ -50,7 +50,8 @@ class Answer:
                 if reason is not None:
                     return reason
                 matcher.accept(token_id)
-        has_end = self._stop_ids and sequence.num_generated >= sequence.job.sampling.min_tokens
+        sampling = sequence.job.sampling
+        has_end = not sampling.ignore_eos and sequence.num_generated >= sampling.min_tokens
         return FinishReason.STOP if matcher.is_complete and not has_end else None
 
     def _take(self, token: Token) -> FinishReason | None:

@@ -92,6 +92,8 @@ class EngineClient:
         """Teacher-force the continuation, below every user's token. Raises as `generate`."""
         self._check_job(job)
         self._check_continuation(job, continuation_ids)
+        if job.lora is not None:
+            raise InvalidJob("a teacher-forced pass is of the base model; leave the LoRA out")
         result = await self._single(Kind.CAPTURE, job, continuation_ids)
         assert isinstance(result, CaptureResult)
         return result

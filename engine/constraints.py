@@ -5,9 +5,12 @@ raise for a bad grammar or a token that does not fit; they turn into errors, whi
 """
 
 import json
+import math
 import re
 import threading
 from collections import OrderedDict
+from decimal import Decimal, InvalidOperation
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,6 +35,9 @@ _LIMITS: dict[str, Any] = {
 }
 
 
+# Divisors make an automaton of as many states as their least common multiple, compiled whole.
+_MOST_STATES, _MOST_DIGITS = 10_000, 20
+_DIVISOR = re.compile(r"""multipleOf["'\s]*:\s*([^,}\s]{1,40})""")
 _NUM_KEPT = 64  # compiled forms
 _MAX_REASON_LEN = 200  # characters of what the library says
 
@@ -142,6 +148,7 @@ class Grammars:
                 f"the {constraint.kind} has {len(constraint.text.encode())} bytes; "
                 f"use 1 to {MAX_GRAMMAR_BYTES}"
             )
+        _check_divisors(constraint)
         try:
             grammar = self._grammar(constraint)
         except (ValueError, RecursionError) as error:
@@ -170,5 +177,30 @@ class Grammars:
             case "grammar":
                 return make.grammar_from_lark(constraint.text)
             case "choice":
-                texts = dict.fromkeys(json.loads(constraint.text))
+                texts = json.loads(constraint.text)
+                if not isinstance(texts, list) or not texts or not all(map(_is_text, texts)):
+                    raise ValueError("a list of texts is needed, none of them empty")
+                texts = dict.fromkeys(texts)
                 return make.grammar_from_regex("|".join(map(re.escape, texts)))
+
+
+def _check_divisors(constraint: Constraint) -> None:
+    """Bound the one keyword whose cost the library does not; a grammar may hold schemas, too."""
+    given = _DIVISOR.findall(constraint.text)
+    try:
+        divisors = [
+            Fraction(text) for text in given if abs(Decimal(text).adjusted()) < _MOST_DIGITS
+        ]
+    except (InvalidOperation, ValueError):
+        return  # no numbers: the library says so
+    smallest = math.lcm(*(divisor.denominator for divisor in divisors))
+    multiple = math.lcm(*(int(divisor * smallest) for divisor in divisors))
+    if multiple > _MOST_STATES or len(divisors) < len(given):
+        raise InvalidJob(
+            f"the {constraint.kind} has multipleOf {', '.join(given[:3])}; their least common "
+            f"multiple, without the decimal point, may be {_MOST_STATES} at most"
+        )
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value)

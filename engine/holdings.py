@@ -86,8 +86,8 @@ class Holdings:
         at = end // plan.page_size - 1
         if not plan.caches_prefixes or node is None or node.depth != at:
             return
-        if plan.is_deterministic and end > sequence.num_prompt:
-            return  # computed by single steps: a later prompt's chunks would give other bits
+        if plan.is_deterministic and (end > sequence.num_prompt or sequence.kind is Kind.CAPTURE):
+            return  # computed in other shapes: a prompt's chunks would give other bits
         digit = tuple(sequence.tokens[end - plan.page_size : end])
         sequence.node = self._prefix.add(node, digit, sequence.pages[at], sequence.vector_sum)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from engine.api import EngineStats
 from engine.config import EnginePlan
 from engine.errors import EngineStopped
-from engine.pace import Pace
+from engine.pace import Pace, Slack
 from engine.runner import Runner
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
@@ -44,12 +44,12 @@ class EngineLoop:
     ) -> None:
         self._runner, self._plan, self._deliver = runner, plan, deliver
         pace = Pace(plan.prefill_buckets)
-        self._scheduler = Scheduler(plan, pace)
+        self._scheduler = Scheduler(plan, pace, seats=runner.loras)
         self._worker = Worker(runner, self._scheduler, tokenizer, plan, pace)
         self._inbox: queue.Queue[Sequence | _Cancel | None] = queue.Queue()
         self._num_steps = 0
         self._busy_s = self._learning_s = 0.0
-        self._learning_credit_s = 0.0
+        self._slack = Slack(plan.learning_fraction)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.is_stopped = False
 
@@ -75,7 +75,7 @@ class EngineLoop:
         scheduler = self._scheduler
         return EngineStats(
             num_running=len(scheduler.running),
-            num_waiting=len(scheduler.queue),
+            num_waiting=scheduler.queue.num_waiting,
             num_waiting_tokens=scheduler.queue.num_tokens,
             num_pages=self._plan.num_pages,
             num_free_pages=scheduler.holdings.pages.num_free,
@@ -131,7 +131,7 @@ class EngineLoop:
         scheduler, worker = self._scheduler, self._worker
         users_wait = scheduler.has_user_work
         worker.seat()
-        step = scheduler.next(may_learn=self._learning_credit_s > 0)
+        step = scheduler.next(may_learn=self._slack.may_learn)
         worker.vacate(scheduler.take_preempted())
         for sequence in scheduler.take_late():
             worker.refuse(sequence, self._scheduler.queue.too_late(sequence))
@@ -143,16 +143,10 @@ class EngineLoop:
         if step.capture is not None:
             worker.run_capture(step.capture)
         ended = time.perf_counter()
-        self._account(ended - started, ended - learning_from, users_wait=users_wait)
-
-    def _account(self, spent_s: float, learning_s: float, *, users_wait: bool) -> None:
-        """Book engine time. Learning earns its share of what users spend, at most one slice."""
-        self._busy_s += spent_s
-        self._learning_s += learning_s
+        self._busy_s += ended - started
+        self._learning_s += ended - learning_from
         if users_wait:
-            share = self._plan.learning_fraction
-            earned = (spent_s - learning_s) * share / (1 - share + 1e-9) - learning_s
-            self._learning_credit_s = min(self._learning_credit_s + earned, 0.05)
+            self._slack.spent(ended - started, ended - learning_from)
 
     def _hand_out(self) -> None:
         news = self._worker.take_news()

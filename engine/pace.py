@@ -1,12 +1,13 @@
-"""What a chunk of a prompt and a decode step take lately, at least: for deadlines and retry hints.
+"""What the engine's time goes into: for deadlines, retry hints, and learning's share of it.
 
-A chunk is padded to a bucket, so its time is the bucket's, however few tokens it has. The least
-of late is kept, not the mean: it must not refuse what could have been done. One slow measurement
-raises it by a twentieth at most, and a refusal, which is never measured, lowers it.
+A chunk of a prompt is padded to a bucket, so its time is the bucket's, however few tokens it has.
+The least of late is kept, not the mean: it must not refuse what could have been done. One slow
+measurement raises it by a twentieth at most, and a refusal, which is never measured, lowers it.
 """
 
 from collections.abc import Sequence
 
+_MOST_CREDIT_S = 0.05  # about one slice of learning
 _RISE = 1.05  # of an estimate by one measurement
 _DOUBT = 0.8  # of an estimate after a refusal
 
@@ -46,3 +47,22 @@ class Pace:
 
 def _lately(before: float, now: float) -> float:
     return min(now, before * _RISE) if before else now
+
+
+class Slack:
+    """Learning's share of the engine's time while users wait."""
+
+    def __init__(self, share: float) -> None:
+        """`share`: of all the time, in (0, 1]."""
+        self._rate = share / (1 - share + 1e-9)  # of users' time
+        self._credit_s = 0.0
+
+    @property
+    def may_learn(self) -> bool:
+        """Whether the next turn has time for a slice."""
+        return self._credit_s > 0
+
+    def spent(self, turn_s: float, learning_s: float) -> None:
+        """A turn that users waited for took this long, so much of it for learning."""
+        earned_s = (turn_s - learning_s) * self._rate - learning_s
+        self._credit_s = min(self._credit_s + earned_s, _MOST_CREDIT_S)

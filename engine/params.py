@@ -1,6 +1,5 @@
 """How logits become a token: everything a job may ask of sampling, checked in one place."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -9,6 +8,7 @@ MAX_LOGPROBS = 20
 MAX_SEED = 2**63 - 1
 MAX_BIASES = 300  # entries of logit_bias
 MAX_STOP_IDS = 64
+MAX_EOS_IDS = 16  # of a model
 MAX_GRAMMAR_BYTES = 65_536  # of a constraint
 _MAX_TOP_K = 2**31 - 1
 _MAX_PENALTY = 2.0
@@ -49,15 +49,13 @@ class SamplingParams:
         return None
 
     def _ranges(self) -> tuple[tuple[str, bool, str], ...]:
-        is_warmth = math.isfinite(self.temperature) and self.temperature >= 0
-        is_penalty = math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0
         top = f"0 to {MAX_LOGPROBS}"
         return (
-            ("temperature", is_warmth, "a finite number from 0 (greedy) up"),
+            ("temperature", 0 <= self.temperature <= 100, "a number from 0 (greedy) to 100"),
             ("top_p", 0 < self.top_p <= 1, "a number above 0, up to 1 (all)"),
             ("top_k", 0 <= self.top_k <= _MAX_TOP_K, f"0 (all) to {_MAX_TOP_K}"),
             ("min_p", 0 <= self.min_p <= 1, "a number from 0 (all) to 1"),
-            ("repetition_penalty", is_penalty, "a finite number above 0; 1 is none"),
+            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "0.01 to 100; 1: none"),
             ("presence_penalty", abs(self.presence_penalty) <= _MAX_PENALTY, "-2 to 2"),
             ("frequency_penalty", abs(self.frequency_penalty) <= _MAX_PENALTY, "-2 to 2"),
             ("max_tokens", self.max_tokens >= 1, "1 or more"),

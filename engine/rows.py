@@ -15,14 +15,14 @@ from jaxtyping import Array, Int
 
 from engine import sampling
 from engine.config import EnginePlan
-from engine.params import MAX_BIASES, MAX_STOP_IDS
+from engine.params import MAX_BIASES, MAX_EOS_IDS, MAX_STOP_IDS
 from engine.sampling import IN_PROMPT, NUM_FLOATS, NUM_INTS, Rows
 from engine.sequence import Sequence
 
 _LEAST = 1e-5  # temperature or top_p: smaller ones choose the best token as well
 _NEVER = -1e30
 _ALWAYS = np.iinfo(np.int32).max
-_WIDTH = MAX_BIASES + MAX_STOP_IDS
+_WIDTH = MAX_BIASES + MAX_STOP_IDS + MAX_EOS_IDS
 _AT_ONCE = 64  # tokens counted in one call
 
 

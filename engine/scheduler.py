@@ -1,20 +1,24 @@
 """Who runs next, and on which pages. Integers and deques; no arrays on a device.
 
-One turn computes at most `step_tokens`: first one token of every answer under way, then chunks of
-prompts with what is left. `engine.admission` says who is admitted; a cached prefix is not computed
-again. When pages run out, the tenant with the most pages gives back those of its least important,
-latest job, which starts again from its tokens (Kwon 2023, arXiv:2309.06180, section 4.5).
-Teacher-forced passes take what users leave and lose their pages first.
+One turn computes at most `step_tokens`, padding included: first one token of every answer under
+way, then chunks of prompts with what is left; a slice of learning comes on top. `engine.admission`
+says who is admitted; a cached prefix is not computed again. When pages run out, the tenant with
+the most pages gives back those of its least important, latest job, which starts again from its
+tokens (Kwon 2023, arXiv:2309.06180, section 4.5). Teacher-forced passes take what users leave and
+lose their pages first. Who began and lacks a slot on the device keeps its row and pages; a job
+whose LoRA has none is not begun before, unless it has lost patience.
 """
 
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
 from engine.admission import PROMPT_COST, WaitingQueue
+from engine.api import LoraRef
 from engine.config import EnginePlan
 from engine.holdings import Holdings
 from engine.pace import Pace
@@ -52,13 +56,31 @@ class Step:
         self.chunks = [chunk for chunk in self.chunks if chunk.sequence is not sequence]
 
 
+class Seats(Protocol):
+    """The slots that LoRAs have on the device."""
+
+    def find(self, lora: LoraRef) -> int | None:
+        """The slot of a resident version."""
+        ...
+
+    @property
+    def num_available(self) -> int:
+        """Slots that nobody uses."""
+        ...
+
+
 class Scheduler:
     """Owner of the queues and of every page a sequence holds."""
 
     def __init__(
-        self, plan: EnginePlan, pace: Pace, *, clock: Callable[[], float] = time.monotonic
+        self,
+        plan: EnginePlan,
+        pace: Pace,
+        *,
+        seats: Seats,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._plan, self._clock = plan, clock
+        self._plan, self._seats, self._clock = plan, seats, clock
         self.holdings = Holdings(plan, clock=clock)
         self.queue = WaitingQueue(plan, pace, clock=clock)
         self.running: list[Sequence] = []  # by admission, oldest first
@@ -71,7 +93,7 @@ class Scheduler:
     @property
     def has_user_work(self) -> bool:
         """Whether any user waits for anything."""
-        return bool(len(self.queue) or self.running)
+        return bool(self.queue.num_waiting or self.running)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a job. Raises QueueFull, DeadlinePassed."""
@@ -155,7 +177,7 @@ class Scheduler:
 
     def _admit(self) -> None:
         while self._rows:
-            sequence = self.queue.first()
+            sequence = self.queue.first(self._has_seat)
             if sequence is None:
                 return
             if not self._place(sequence):
@@ -166,6 +188,14 @@ class Scheduler:
                 self._late.append(sequence)
             else:
                 self._start(sequence)
+
+    def _has_seat(self, sequence: Sequence) -> bool:
+        """Whether a job can begin: without a slot for its LoRA it would hold a row for nothing."""
+        lora = sequence.job.lora
+        if lora is None or self._seats.find(lora) is not None:
+            return True
+        expected = {s.job.lora.identity for s in self.running if s.lacks_lora and s.job.lora}
+        return lora.identity in expected or len(expected) < self._seats.num_available
 
     def _place(self, sequence: Sequence) -> bool:
         """Find pages for all tokens that are known and the next one; cached ones are not taken."""
@@ -211,7 +241,7 @@ class Scheduler:
             length = min(sizes[-1], target - start)
             if sequence.row >= 0 and self._hold(sequence, start + length, step):
                 step.chunks.append(Chunk(sequence, start, length, start + length == target))
-                room -= length
+                room -= min(size for size in sizes if size >= length)
 
     def _next_capture(self) -> Chunk | None:
         if not self.capturing:
@@ -226,9 +256,15 @@ class Scheduler:
         return Chunk(sequence, start, length, is_last=start + length == target)
 
     def _by_turn(self, sequences: Iterable[Sequence]) -> list[Sequence]:
-        """Least served tenant first, then by priority, then by age."""
-        served = self.queue.served
-        return sorted(sequences, key=lambda s: (served(s.job.tenant), s.job.priority, s.number))
+        """Least served tenant first, then who is impatient, then by priority, then by age."""
+        queue = self.queue
+
+        def rank(s: Sequence) -> tuple[float, bool, int, int]:
+            has_patience = not queue.is_impatient(s)
+            priority = s.job.priority if has_patience else 0
+            return queue.served(s.job.tenant), has_patience, priority, s.number
+
+        return sorted(sequences, key=rank)
 
     def _hold(self, sequence: Sequence, num_tokens: int, step: Step) -> bool:
         """Pages for `num_tokens`, the next one its own to write. False: it lost all it had."""
@@ -242,6 +278,8 @@ class Scheduler:
 
     def _own(self, sequence: Sequence, step: Step) -> bool:
         copy = self.holdings.own(sequence)
+        if copy is None and self._take_from_learning():
+            copy = self.holdings.own(sequence)
         if copy is not None and copy[0] >= 0:
             step.copies.append(copy)
         return copy is not None
@@ -268,9 +306,14 @@ class Scheduler:
         """Pages for `num_tokens` of a user's sequence; teacher-forced passes yield theirs."""
         if self.holdings.grow(sequence, num_tokens):
             return True
-        for waiting in self.capturing:
-            self.holdings.give_back(waiting)
-        return self.holdings.grow(sequence, num_tokens)
+        return self._take_from_learning() and self.holdings.grow(sequence, num_tokens)
+
+    def _take_from_learning(self) -> bool:
+        """Whether a teacher-forced pass had pages; it has none any more, and begins again."""
+        holders = [sequence for sequence in self.capturing if sequence.pages]
+        for sequence in holders:
+            self.holdings.give_back(sequence)
+        return bool(holders)
 
     def _give_back(self, sequence: Sequence) -> None:
         self.holdings.give_back(sequence)

@@ -45,6 +45,7 @@ class Worker:
         self._plan, self._pace = plan, pace
         self._live: dict[Sequence, Answer | None] = {}  # an answer where one is generated
         self._news: News = []
+        self._waits_for_head: Sequence | None = None  # longest, too long: nobody overtakes it
         self.num_prompt_tokens = self.num_generated_tokens = 0
 
     @property
@@ -67,11 +68,16 @@ class Worker:
 
     def seat(self) -> None:
         """Slots that became free go to those who wait for one, in order of admission."""
+        self._waits_for_head = None
+        is_lora_due = False  # somebody has waited too long: nobody overtakes it
         for sequence in list(self._scheduler.running):
-            if sequence.lacks_lora:
+            if sequence.lacks_lora and not is_lora_due:
                 self._guarded(sequence, self._seat_lora)
+                is_lora_due = sequence.lacks_lora and self._scheduler.queue.is_impatient(sequence)
             elif sequence.is_prefilled and (sequence.lacks_slot or sequence.is_parked):
                 self._guarded(sequence, self._go_on)
+                if sequence.lacks_slot and self._scheduler.queue.is_impatient(sequence):
+                    self._waits_for_head = self._waits_for_head or sequence
 
     def vacate(self, preempted: list[Sequence]) -> None:
         """Who lost its pages gives its slots back, or two could wait for what the other has."""
@@ -160,7 +166,7 @@ class Worker:
 
     def _go_on(self, sequence: Sequence) -> None:
         """Once the head's slot is resident and nothing is left to read: the first token."""
-        if sequence.lacks_slot:
+        if sequence.lacks_slot and self._waits_for_head in (None, sequence):
             assert sequence.head is not None
             sequence.slot = self._runner.heads.acquire(sequence.head) or 0
         if sequence.lacks_slot or sequence.is_reading:
@@ -275,11 +281,13 @@ class Worker:
     def _cancel(self, sequence: Sequence) -> None:
         if sequence not in self._live:
             return
-        answer = self._live[sequence]
-        if answer is not None:
-            self._end(sequence, answer.finish(FinishReason.CANCELLED))
-        else:
-            self._end(sequence, EngineError(f"request {sequence.request_id} was cancelled"))
+        siblings, sequence.siblings = sequence.siblings, ()
+        for sibling in siblings:  # not begun: they end with it
+            self._prepare(sibling)
+        for each in (sequence, *siblings):
+            answer = self._live[each]
+            cancelled = EngineError(f"request {each.request_id} was cancelled")
+            self._end(each, answer.finish(FinishReason.CANCELLED) if answer else cancelled)
 
     def _end(self, sequence: Sequence, result: Result) -> None:
         self._scheduler.remove(sequence)

@@ -67,11 +67,11 @@ class LearningService:
 
     async def list_loras(self, principal: Principal) -> tuple[LoraInfo, ...]:
         """What the tenant has loaded, by name."""
-        return tuple(self.loras.all_of(principal.tenant))
+        return tuple(await asyncio.to_thread(self.loras.all_of, principal.tenant))
 
     async def get_lora(self, name: str, principal: Principal) -> LoraInfo:
         """The one of that name. Raises AdapterNotFound."""
-        return self.loras.get(principal.tenant, name)
+        return await asyncio.to_thread(self.loras.get, principal.tenant, name)
 
     async def load_lora(
         self, name: str, path: str, principal: Principal, *, any_base: bool

@@ -40,6 +40,7 @@ class Node:
     vector_sum: np.ndarray | None  # [D] float32, over all tokens up to the page's end
     children: "dict[_Digit, Node]" = field(default_factory=dict)
     used: int = 0  # turn of the last use
+    is_listed: bool = False  # among those that may go
     num_sessions: int = 0  # that keep it
 
 
@@ -69,17 +70,14 @@ class PrefixCache:
         self._clock = clock
         self._roots: dict[Space, Node] = {}
         self._turns = itertools.count(1)
-        self._idle: list[tuple[int, int, Node]] = []  # heap by last use; entries may be outdated
+        self._idle: list[tuple[int, int, Node]] = []  # heap by last use, one entry a node
         self._entries = itertools.count()
         self._sessions: OrderedDict[Hashable, _Session] = OrderedDict()  # least recent first
         self.num_session_pages = 0
 
     def root(self, space: Space) -> Node:
-        """Where the tokens of a space begin."""
-        root = self._roots.get(space)
-        if root is None:
-            root = self._roots[space] = Node(space, None, (), -1, 0, None)
-        return root
+        """Where the tokens of a space begin; kept once something is cached there."""
+        return self._roots.get(space) or Node(space, None, (), -1, 0, None)
 
     def match(self, space: Space, tokens: Sequence[int], limit: int) -> tuple[Node, list[int]]:
         """The longest cached run of whole pages within tokens[:limit].
@@ -101,12 +99,12 @@ class PrefixCache:
     def add(self, parent: Node, digit: _Digit, page: int, vector_sum: np.ndarray | None) -> Node:
         """A page has been filled after `parent`. Where equal tokens are cached, those stay."""
         assert len(digit) == self._page_size, f"{len(digit)} tokens are not a full page"
+        if not parent.depth:
+            parent = self._roots.setdefault(parent.space, parent)
         child = parent.children.get(digit)
         if child is None:
             child = Node(parent.space, parent, digit, page, parent.depth + 1, vector_sum)
             parent.children[digit] = child
-            if not parent.depth:  # an empty root was forgotten
-                self._roots.setdefault(parent.space, parent)
             self._pages.cache(page)
         return child
 
@@ -131,7 +129,10 @@ class PrefixCache:
             self._forget(next(iter(self._sessions)))
 
     def make_room(self, count: int) -> bool:
-        """Free `count` pages. False, and nothing given up, when not enough are idle."""
+        """Free `count` pages. False when there are not enough; then some may have been freed.
+
+        An idle page above one in use stays: somebody computed it twice and goes on below it.
+        """
         short = count - self._pages.num_free
         if short > self._pages.num_idle:
             return False
@@ -148,8 +149,10 @@ class PrefixCache:
         while True:
             while self._idle:
                 used, _, node = heapq.heappop(self._idle)
+                node.is_listed = False
                 if used == node.used and self._may_go(node):
                     return node
+                self._offer(node)  # used since it was listed, or no more
             if not self._sessions:
                 return None
             self._forget(next(iter(self._sessions)))
@@ -160,7 +163,10 @@ class PrefixCache:
 
     def _offer(self, node: Node) -> None:
         """List a node as one that may go; asked again when its turn has come."""
-        if self._may_go(node):
+        while node.page < 0 and node.parent is not None:  # given up while somebody stood here
+            node = node.parent
+        if self._may_go(node) and not node.is_listed:
+            node.is_listed = True
             heapq.heappush(self._idle, (node.used, next(self._entries), node))
 
     def _drop(self, node: Node) -> None:
@@ -169,8 +175,8 @@ class PrefixCache:
         del parent.children[node.digit]
         self._pages.uncache(node.page)
         node.page = -1  # a sequence may still stand here; what it adds below is never found
-        if not parent.depth and not parent.children:
-            self._roots.pop(parent.space, None)
+        if not parent.children and self._roots.get(parent.space) is parent:
+            del self._roots[parent.space]
         self._offer(parent)
 
     def _expire(self) -> None:

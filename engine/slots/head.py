@@ -45,10 +45,11 @@ class HeadSlots:
         slot = self._residency.find(key)
         if slot is None:
             check_fits(head.table, self._plan)
+            padded = self._pad(head.table)
             slot = self._residency.vacate()
             if slot is None:
                 return None
-            self.stack = self._write(self.stack, np.int32(slot), self._pad(head.table))
+            self.stack = self._write(self.stack, np.int32(slot), padded)
             self._residency.settle(key, slot)
         self._residency.use(key)
         return slot
@@ -63,6 +64,11 @@ class HeadSlots:
         padded = _empty_slot(*sizes, self._hidden_size, self._vocab_size)
         if table is None:
             return padded
+        if table.keys.shape[1:] != (self._hidden_size,):
+            raise ShapeError(
+                f"head edits have keys of {list(table.keys.shape)}; this model's states have "
+                f"{self._hidden_size} numbers"
+            )
         rank, tokens, rows = len(table.keys), len(table.token_ids), len(table.row_ids)
         padded["keys"][:rank] = table.keys
         padded["token_ids"][:tokens] = table.token_ids

@@ -12,8 +12,11 @@ from engine.api import LoraRef, LoraTable
 from engine.config import EnginePlan
 from engine.errors import ShapeError
 from engine.model import ModelConfig
-from engine.ops.lora_delta import LoraStack
+from engine.ops.lora_delta import BLOCK_RANKS, LoraStack
 from engine.slots.residency import Residency
+
+Sides = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
+"""A slot's first and second factors by module, [L, R, size] each."""
 
 
 class LoraSlots:
@@ -21,6 +24,9 @@ class LoraSlots:
 
     def __init__(self, plan: EnginePlan, model: ModelConfig) -> None:
         self._plan, self.sizes = plan, dict(module_sizes(model, on_head=plan.lora_on_head))
+        # Whole blocks: a block that began in the last one would be read twice.
+        blocks = -(-plan.lora_rank // BLOCK_RANKS)
+        self._rank = plan.lora_rank if blocks == 1 else blocks * BLOCK_RANKS
         if plan.num_lora_slots == 1:
             self.sizes = {}
         self.stack = self._empty_stack()
@@ -29,7 +35,7 @@ class LoraSlots:
         self._write = jax.jit(functools.partial(_write_slot), donate_argnums=0)
         self._residency = Residency(plan.num_lora_slots)
         if self.sizes:
-            self._upload(0, None)  # compiles it
+            self._upload(0, self._padded(None), 0)  # compiles it
 
     @property
     def num_resident(self) -> int:
@@ -40,6 +46,15 @@ class LoraSlots:
         """Compiled variants of the upload; growth after warm-up is a bug."""
         return self._write._cache_size()  # pyright: ignore
 
+    @property
+    def num_available(self) -> int:
+        """Slots that nobody uses."""
+        return self._residency.num_available
+
+    def find(self, lora: LoraRef) -> int | None:
+        """The slot of a resident version."""
+        return self._residency.find(lora.identity)
+
     def acquire(self, lora: LoraRef) -> int | None:
         """Slot of this version, uploaded when absent. None when every slot is in use.
 
@@ -48,10 +63,11 @@ class LoraSlots:
         slot = self._residency.find(lora.identity)
         if slot is None:
             check_fits(lora.table, self.sizes, self._plan)
+            padded = self._padded(lora.table)
             slot = self._residency.vacate()
             if slot is None:
                 return None
-            self._upload(slot, lora.table)
+            self._upload(slot, padded, lora.table.rank)
             self._residency.settle(lora.identity, slot)
         self._residency.use(lora.identity)
         return slot
@@ -60,27 +76,23 @@ class LoraSlots:
         """One user less. The version stays resident until its slot is needed."""
         self._residency.release(lora.identity)
 
-    def _upload(self, slot: int, table: LoraTable | None) -> None:
-        one = self._padded(table)
-        rank = 0 if table is None else table.rank
+    def _upload(self, slot: int, one: Sides, rank: int) -> None:
         self.stack = self._write(self.stack, np.int32(slot), *one, np.int32(rank))
 
-    def _padded(
-        self, table: LoraTable | None
-    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    def _padded(self, table: LoraTable | None) -> Sides:
         """One slot's factors at full rank, in the model's precision."""
         dtype = jnp.dtype(self._plan.dtype)
-        sides: tuple[dict[str, np.ndarray], dict[str, np.ndarray]] = ({}, {})
+        sides: Sides = ({}, {})
         for side, (padded, name) in enumerate(zip(sides, ("a", "b"), strict=True)):
             given = {} if table is None else getattr(table, name)
             for module, (layers, *size) in self.sizes.items():
-                padded[module] = np.zeros((layers, self._plan.lora_rank, size[side]), dtype)
+                padded[module] = np.zeros((layers, self._rank, size[side]), dtype)
                 if module in given:
                     padded[module][:, : given[module].shape[1]] = given[module]
         return sides
 
     def _empty_stack(self) -> LoraStack:
-        slots, rank, dtype = self._plan.num_lora_slots, self._plan.lora_rank, self._plan.dtype
+        slots, rank, dtype = self._plan.num_lora_slots, self._rank, self._plan.dtype
         sides: tuple[dict[str, Array], dict[str, Array]] = ({}, {})
         for side, stacked in enumerate(sides):
             for module, (layers, *size) in self.sizes.items():

@@ -23,6 +23,11 @@ class Residency:
         """The slot of a resident version."""
         return self._slots.get(key)
 
+    @property
+    def num_available(self) -> int:
+        """Slots that nobody uses."""
+        return len(self._free) + len(self._slots) - len(self._users)
+
     def vacate(self) -> int | None:
         """A slot nobody uses, its resident forgotten; None when every slot is in use."""
         if self._free:

@@ -12,6 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # before the import re
 import tokenizers
 
 from engine.errors import InvalidJob, TokenizerError
+from engine.params import MAX_EOS_IDS
 from engine.text.template import ChatTemplate, Message, load_template, token_text
 
 
@@ -58,6 +59,8 @@ class Tokenizer:
         named = control.token_to_id(token_text(config.get("eos_token")))
         if named is not None:
             stops.add(named)
+        if len(stops) > MAX_EOS_IDS:
+            raise TokenizerError(f"{len(stops)} tokens end an answer; at most {MAX_EOS_IDS} may")
         bos_id = control.token_to_id(token_text(config.get("bos_token")))
         template = load_template(directory, config)
         return cls(literal, control, template, frozenset(stops), bos_id)

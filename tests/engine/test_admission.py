@@ -48,7 +48,7 @@ def test_alone_a_tenant_is_served_by_priority_then_by_age():
     waiting = [door.arrive(priority=p) for p in (0, 5, -1, 0)]
     assert [door.admit() for _ in range(4)] == [waiting[i] for i in (2, 0, 3, 1)]
     assert door.admit() is None
-    assert len(door.queue) == 0
+    assert door.queue.num_waiting == 0
 
 
 def test_a_flood_of_one_tenant_does_not_hold_another_up():
@@ -186,7 +186,7 @@ def test_leaving_is_counted_once_and_for_good():
     for sequence in sequences:
         door.queue.leave(sequence)
         door.queue.discard(sequence)
-    assert (len(door.queue), door.queue.num_tokens) == (0, 0)
+    assert (door.queue.num_waiting, door.queue.num_tokens) == (0, 0)
     assert door.queue.first() is None
 
 

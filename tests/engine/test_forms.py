@@ -117,6 +117,20 @@ def id_of(tokenizer):
         ("grammar", "start: a\na: b\nb: a", "no text fits it"),
         ("json_schema", '{"$ref": "#"}', "no text fits it"),
         ("json_schema", "[" * 60_000, "cannot be read"),
+        (
+            "json_schema",
+            '{"type": "integer", "multipleOf": 999983}',
+            "has multipleOf 999983; their least common",
+        ),
+        (
+            "json_schema",
+            '{"allOf": [{"multipleOf": 199}, {"multipleOf": 197.0}, {"multipleOf": 1.93}]}',
+            "may be 10000 at most",
+        ),
+        ("grammar", 'start: %json {"type": "integer", "multipleOf": 1e6}', "has multipleOf 1e6"),
+        ("json_schema", '{"multipleOf": 1e-999999}', "has multipleOf 1e-999999"),
+        ("choice", "5", "a list of texts is needed"),
+        ("choice", "[]", "a list of texts is needed"),
     ],
     ids=lambda each: each[:20],
 )

@@ -120,7 +120,10 @@ async def test_a_prompt_that_cannot_be_answered_is_refused(served, fields, field
     [
         ({"temperature": float("nan")}, "sampling.temperature is nan"),
         ({"temperature": float("inf")}, "sampling.temperature is inf"),
-        ({"temperature": -0.5}, "sampling.temperature is -0.5; use a finite number from 0"),
+        (
+            {"temperature": -0.5},
+            "sampling.temperature is -0.5; use a number from 0 (greedy) to 100",
+        ),
         ({"top_p": 0.0}, "sampling.top_p is 0.0; use a number above 0"),
         ({"top_p": float("nan")}, "sampling.top_p is nan"),
         ({"top_p": 1.5}, "sampling.top_p is 1.5"),
