@@ -160,6 +160,17 @@ def _twice(name):
 
 
 BASES = frozenset({"some-model", "sona-nano"})
+
+
+def test_rslora_divides_by_the_root_of_the_rank(tmp_path):
+    tensors = write_peft(tmp_path, config={"use_rslora": True})
+    read = read_peft(tmp_path, SIZES, max_rank=2)
+    scale = CONFIG["lora_alpha"] / 2**0.5
+    np.testing.assert_allclose(
+        read.b["q_proj"][0], scale * tensors[PATH.format(0, "B")].T, rtol=1e-6
+    )
+
+
 A, B = np.zeros((2, 48), np.float32), np.zeros((96, 2), np.float32)
 REFUSED = [
     ({"peft_type": "IA3"}, None, "peft_type is 'IA3'"),

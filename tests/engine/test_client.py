@@ -8,8 +8,9 @@ import pytest
 from reference import decoder as reference
 from support.checkpoints import make_checkpoint
 from support.engines import final, greedy, running_engine
+from support.loras import random_lora
 
-from engine.api import FinishReason, HeadRef, HeadTable, Job, SamplingParams
+from engine.api import FinishReason, HeadRef, HeadTable, Job, LoraRef, SamplingParams
 from engine.client import MAX_JOINED
 from engine.errors import (
     DuplicateJob,
@@ -121,6 +122,26 @@ async def test_abort_ends_as_cancelled(checkpoint):
         reasons = [u.final.finish_reason async for u in stream if u.final is not None]
         assert reasons == [FinishReason.CANCELLED]
         assert not engine.abort("a")
+
+
+async def test_abort_before_the_first_token_ends_every_answer(checkpoint):
+    async with running_engine(checkpoint[0]) as engine:
+        stream = engine.generate(greedy("a", prompt(0, 300), 40, n=3))
+        begun = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(0)  # it is submitted
+        assert engine.abort("a")
+        updates = [await begun, *[update async for update in stream]]
+        reasons = [update.final.finish_reason for update in updates if update.final is not None]
+        assert reasons == [FinishReason.CANCELLED] * 3
+        assert (await final(engine, greedy("a", prompt(1, 9), 5))).num_completion_tokens == 5
+
+
+async def test_a_teacher_forced_pass_is_of_the_base_model(checkpoint):
+    lora = LoraRef("l", 1, ("l",), random_lora(checkpoint[1], seed=1))
+    async with running_engine(checkpoint[0], max_loras=1) as engine:
+        job = replace(greedy("c", prompt(0, 20), 5), lora=lora)
+        with pytest.raises(InvalidJob, match="of the base model"):
+            await engine.capture(job, (1, 2))
 
 
 async def test_a_slow_reader_gets_what_waited_as_one_update(checkpoint):

@@ -1,5 +1,7 @@
 """Head edits in a batch and their residency, against the table's own definition in float64."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
@@ -43,6 +45,16 @@ def make_table(seed, rank=3, tokens=5, rows=40):
         row_ids=rng.permutation(V)[:rows].astype(np.int32),
         values=rng.standard_normal((rank, rows)).astype(np.float32),
     )
+
+
+def test_a_table_that_does_not_fit_costs_no_slot():
+    slots = make_slots()
+    wrong = make_table(1)
+    wrong = replace(wrong, keys=wrong.keys[:, :-1])
+    for index in range(5):
+        with pytest.raises(ShapeError, match="states have 12 numbers"):
+            slots.acquire(HeadRef(f"w{index}", 1, ("t", str(index)), wrong))
+    assert [slots.acquire(make_ref(name)) is not None for name in "abc"] == [True] * 3
 
 
 def make_ref(name, version=1, **shape):

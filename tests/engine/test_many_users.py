@@ -234,6 +234,63 @@ def assert_in_form(kind, answer):
         assert re.fullmatch(pattern, text)
 
 
+async def test_answers_of_one_request_keep_to_its_form_each_for_itself(checkpoint):
+    sampling = SamplingParams(temperature=1.5, seed=1, max_tokens=100, n=4)
+    texts = set()
+    async with running_engine(checkpoint[0]) as engine:
+        for kind, form in FORMS.items():
+            job = Job(
+                request_id=kind, prompt_ids=tuple(prompt(1, 20)), sampling=sampling,
+                constraint=form,
+            )  # fmt: skip
+            for answer in await finals(engine, job):
+                assert_in_form(kind, answer)
+                texts.add(answer.text)
+    assert len(texts) > len(FORMS)
+
+
+async def test_tokens_without_a_choice_are_not_drawn(checkpoint):
+    text = "every word of this is said already"
+    form = Constraint("choice", json.dumps([text]))
+    async with running_engine(checkpoint[0]) as engine:
+        sampling = SamplingParams(temperature=1.0, seed=1, max_tokens=100)
+        job = Job(request_id="a", prompt_ids=(1,), sampling=sampling, constraint=form)
+        assert (await final(engine, job)).text == text
+        assert engine.stats().num_steps < 6  # the prompt, a token, a chunk of what follows, the end
+
+
+async def test_a_complete_form_ends_where_no_end_may_be_said(checkpoint):
+    sampling = SamplingParams(
+        temperature=1.0, seed=1, max_tokens=40, ignore_eos=True, stop_token_ids=(7,)
+    )
+    async with running_engine(checkpoint[0]) as engine:
+        form = Constraint("regex", "bc")
+        job = Job(request_id="a", prompt_ids=(1,), sampling=sampling, constraint=form)
+        answer = await final(engine, job)
+    assert (answer.text, answer.num_completion_tokens) == ("bc", 2)
+
+
+async def test_every_bias_and_every_stop_at_once_fit(checkpoint):
+    sampling = SamplingParams(
+        temperature=1.0, seed=1, max_tokens=9, min_tokens=5,
+        logit_bias={token_id: -1.0 for token_id in range(300)},
+        stop_token_ids=tuple(range(64)),
+    )  # fmt: skip
+    async with running_engine(checkpoint[0]) as engine:
+        answer = await final(engine, Job(request_id="a", prompt_ids=(1,), sampling=sampling))
+    assert answer.num_completion_tokens >= 5
+
+
+@pytest.mark.parametrize("rank", [5, 10, 12])
+async def test_a_lora_says_the_same_whatever_its_slot_could_hold(checkpoint, rank):
+    answers = []
+    for most in (rank, 16, 20):
+        async with running_engine(checkpoint[0], max_loras=1, max_lora_rank=most) as engine:
+            job = replace(greedy("a", prompt(3, 20), 12), lora=lora(checkpoint, 1, rank=rank))
+            answers.append((await final(engine, job)).token_ids)
+    assert answers[0] == answers[1] == answers[2]
+
+
 @pytest.mark.parametrize(
     ("constraint", "message"),
     [

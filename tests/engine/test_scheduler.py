@@ -299,10 +299,10 @@ def test_who_has_lost_patience_is_computed_before_the_important():
 
 def test_the_victim_is_of_the_largest_tenant_the_least_important_and_the_latest():
     yard = Yard(num_pages=20)
-    small = yard.arrive([1] * 60, tenant="small")
-    important = yard.arrive([2] * 60, tenant="large", priority=0, max_tokens=150)
     early = yard.arrive([3] * 60, tenant="large", priority=1, max_tokens=150)
     latest = yard.arrive([4] * 60, tenant="large", priority=1, max_tokens=150)
+    important = yard.arrive([2] * 60, tenant="large", priority=0, max_tokens=150)
+    small = yard.arrive([1] * 60, tenant="small", max_tokens=150)
     preempted = []
     while not preempted:
         yard.turn()
@@ -379,14 +379,15 @@ def test_jobs_without_a_lora_slot_wait_outside_unless_they_lost_patience():
 
 
 def test_a_page_to_copy_is_taken_from_learning_before_any_user_loses_its_own():
-    yard = Yard(num_pages=17, max_num_seqs=2)
-    leader = yard.arrive([1] * 20, n=2, max_tokens=40)
-    learner = yard.arrive([2] * 180, more=[3] * 20, kind=Kind.CAPTURE)
-    for _ in range(30):
-        yard.turn()
+    yard = Yard(num_pages=16, max_num_seqs=2)
+    yard.arrive([1] * 20, n=2, max_tokens=40)
+    learner = yard.arrive([2] * 200, more=[3] * 24, kind=Kind.CAPTURE)
+    yard.turn()
+    assert yard.scheduler.holdings.pages.num_free == 0
+    yard.turn()  # both answers write into the prompt's last page
     assert yard.scheduler.num_preemptions == 0
+    assert len(learner.pages) < 14
     yard.run()
-    del leader, learner
 
 
 def test_a_full_queue_is_shared_by_tokens_too():
@@ -411,14 +412,14 @@ def test_the_least_recently_used_of_the_idle_slots_goes():
         residency.settle(key, slot)
         residency.use(key)
     assert (residency.vacate(), residency.num_available) == (None, 0)
-    for key in "bca":
+    residency.use("a")  # once more: now b is the least recent
+    for key in "aabc":
         residency.release(key)
     assert residency.num_available == 3
-    residency.use("b")
-    gone = residency.find("a")  # c was used later than a
+    gone = residency.find("b")
     assert residency.vacate() == gone
-    assert residency.find("a") is None
-    assert residency.find("b") is not None
+    assert residency.find("b") is None
+    assert residency.find("a") is not None
 
 
 def test_learning_has_its_share_of_what_users_take_and_saves_up_one_slice():
