@@ -48,9 +48,5 @@ class DeadlinePassed(EngineError):
     """A job that could not be finished in time and was not begun."""
 
 
-class OutOfPages(EngineError):
-    """The KV pool cannot hold the job even when it runs alone."""
-
-
 class EngineStopped(EngineError):
     """The engine thread has ended; nothing more will be served."""

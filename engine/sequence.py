@@ -4,6 +4,19 @@
     num_computed  how many of them have keys and values in `pages`
 
 While decoding, the last token is not computed yet: it is the next step's input.
+
+    waiting ── a row and pages ──▶ lacks_lora      until its LoRA has a slot
+       ▲                           ▼
+       │                           not is_prefilled     chunks of the prompt
+       │                           ▼                    the head is chosen (has_chosen)
+       │                           lacks_slot      until its head has a slot
+       │                           ▼
+       │                           is_reading      given tokens are scored, a slice a turn
+       │                           ▼
+       │                           is_parked       its first token is sampled, the siblings' too
+       │                           ▼
+       └── lost its pages ───────  is_decoding     a token a turn; is_replaying: a known one
+           (is_returning)
 """
 
 import enum

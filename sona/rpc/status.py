@@ -66,7 +66,6 @@ STATUS: dict[type[Exception], grpc.StatusCode] = {
     engine_errors.DuplicateJob: _Code.ALREADY_EXISTS,
     engine_errors.QueueFull: _Code.RESOURCE_EXHAUSTED,
     engine_errors.DeadlinePassed: _Code.DEADLINE_EXCEEDED,
-    engine_errors.OutOfPages: _Code.RESOURCE_EXHAUSTED,
     engine_errors.EngineStopped: _Code.UNAVAILABLE,
     engine_errors.WeightsError: _Code.FAILED_PRECONDITION,
     engine_errors.TokenizerError: _Code.FAILED_PRECONDITION,
@@ -75,8 +74,7 @@ STATUS: dict[type[Exception], grpc.StatusCode] = {
     engine_errors.EngineError: _Code.INTERNAL,
 }
 
-# Seconds after which trying again may help; a full queue knows better. OutOfPages is missing on
-# purpose: the job would not fit alone either.
+# Seconds after which trying again may help; a full queue knows better.
 RETRY_S: dict[type[Exception], float] = {
     sona_errors.Overloaded: 1,
     sona_errors.ShuttingDown: 5,

@@ -182,6 +182,49 @@ def test_the_same_pages_filled_twice_at_once_are_cached_once():
     assert bench.pages.num_used == 0
 
 
+def test_two_that_begin_a_space_at_once_share_it_afterwards():
+    bench = Bench()
+    held = [bench.cache.match("new", [1] * 8, 8) for _ in range(2)]
+    for (root, _), letter in zip(held, (1, 2), strict=True):
+        page = bench.pages.take(1)
+        assert page is not None
+        node = bench.cache.add(root, (letter,) * SIZE, page[0], None)
+        bench.pages.release(page)
+        bench.cache.left(node)
+    assert [bench.run([letter] * SIZE, space="new") for letter in (1, 2)] == [1, 1]
+
+
+def test_a_page_given_up_below_a_running_twin_does_not_lock_its_parent():
+    bench = Bench(num_pages=4)
+    bench.run([1] * SIZE)
+    twins = []
+    for _ in range(2):  # both find the first page and compute the second themselves
+        node, found = bench.cache.match("a", [1] * SIZE, SIZE)
+        own = bench.pages.take(1)
+        assert own is not None
+        twins.append((node, found + own))
+    ends = [bench.cache.add(node, (2,) * SIZE, pages[-1], None) for node, pages in twins]
+    bench.pages.release(twins[0][1])
+    bench.cache.left(ends[0])
+    assert bench.cache.make_room(2)  # the cached second page goes; its twin's owner runs on
+    bench.pages.release(twins[1][1])
+    bench.cache.left(ends[1])
+    assert bench.cache.make_room(4)
+    bench.check()
+
+
+def test_what_leaves_nothing_cached_leaves_nothing():
+    bench = Bench()
+    for index in range(100):
+        node, pages = bench.cache.match(f"salt {index}", [1, 2], 2)  # less than a page
+        assert not pages
+        bench.cache.left(node)
+    for _ in range(100):
+        bench.run([3] * 8)
+    assert len(bench.cache._roots) == 1
+    assert len(bench.cache._idle) <= 2
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_random_jobs_keep_the_law_and_find_what_a_dictionary_would(seed):
     rng, bench = random.Random(seed), Bench(num_pages=24, session_pages=6)

@@ -73,8 +73,8 @@ async def test_pressure_says_when_to_retry():
 
 
 async def test_a_job_that_never_fits_is_not_to_be_retried():
-    context = await refused(engine.errors.OutOfPages("too long"))
-    assert context.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    context = await refused(engine.errors.InvalidJob("too long"))
+    assert context.code is grpc.StatusCode.INVALID_ARGUMENT
     assert context.detail(error_details_pb2.RetryInfo) is None
 
 
