@@ -90,10 +90,10 @@ class EngineClient:
 
     async def capture(self, job: Job, continuation_ids: tuple[int, ...]) -> CaptureResult:
         """Teacher-force the continuation, below every user's token. Raises as `generate`."""
-        self._check_job(job)
-        self._check_continuation(job, continuation_ids)
         if job.lora is not None:
             raise InvalidJob("a teacher-forced pass is of the base model; leave the LoRA out")
+        self._check_job(job)
+        self._check_continuation(job, continuation_ids)
         result = await self._single(Kind.CAPTURE, job, continuation_ids)
         assert isinstance(result, CaptureResult)
         return result

@@ -138,7 +138,7 @@ async def test_abort_before_the_first_token_ends_every_answer(checkpoint):
 
 async def test_a_teacher_forced_pass_is_of_the_base_model(checkpoint):
     lora = LoraRef("l", 1, ("l",), random_lora(checkpoint[1], seed=1))
-    async with running_engine(checkpoint[0], max_loras=1) as engine:
+    async with running_engine(checkpoint[0]) as engine:
         job = replace(greedy("c", prompt(0, 20), 5), lora=lora)
         with pytest.raises(InvalidJob, match="of the base model"):
             await engine.capture(job, (1, 2))

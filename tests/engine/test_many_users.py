@@ -281,14 +281,14 @@ async def test_every_bias_and_every_stop_at_once_fit(checkpoint):
     assert answer.num_completion_tokens >= 5
 
 
-@pytest.mark.parametrize("rank", [5, 10, 12])
+@pytest.mark.parametrize("rank", [5, 12])
 async def test_a_lora_says_the_same_whatever_its_slot_could_hold(checkpoint, rank):
     answers = []
-    for most in (rank, 16, 20):
+    for most in (rank, 16):
         async with running_engine(checkpoint[0], max_loras=1, max_lora_rank=most) as engine:
             job = replace(greedy("a", prompt(3, 20), 12), lora=lora(checkpoint, 1, rank=rank))
             answers.append((await final(engine, job)).token_ids)
-    assert answers[0] == answers[1] == answers[2]
+    assert answers[0] == answers[1]
 
 
 @pytest.mark.parametrize(
