@@ -1,12 +1,32 @@
-"""LoRA tables: several made into one."""
+"""LoRA tables: applied to a model, several made into one, one made smaller."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from jaxtyping import Array
 
 from adapters.errors import CandidateRejected
 from engine import LoraTable
+
+Factors = tuple[Mapping[str, Any], Mapping[str, Any]]
+"""First [L, R, X] and second [L, R, Y] factors by module, on the host or on a device."""
+
+
+def adapted_by(*tables: Factors) -> Callable[[int, Array, dict[str, Array]], tuple[Array, ...]]:
+    """The decoder's hook: y + (x A^T) B for every table, computed in the precision of x."""
+
+    def adapt(layer: int, x: Array, outputs: dict[str, Array]) -> tuple[Array, ...]:
+        adapted = dict(outputs)
+        for a, b in tables:
+            for module in outputs:
+                if module in a:
+                    inner = x @ a[module][layer].astype(x.dtype).T
+                    adapted[module] = adapted[module] + inner @ b[module][layer].astype(x.dtype)
+        return tuple(adapted.values())
+
+    return adapt
 
 
 def merge(parts: Sequence[tuple[LoraTable, float]]) -> LoraTable:
@@ -48,3 +68,39 @@ def _side_by_side(
             axis=1,
         )
     return merged
+
+
+def compressed(
+    table: LoraTable, rank: int, traffic: Mapping[str, np.ndarray] | None = None
+) -> tuple[LoraTable, float]:
+    """The nearest table of a rank, and the share of its weight that is lost.
+
+    The distance is that of outputs on traffic: inputs have the second moments `traffic`, by module
+    [L, X]; without them all directions count alike. QR of both factors, then the singular values
+    of the small product, so no matrix of the model's size is made.
+
+    Raises CandidateRejected for a rank below 1.
+    """
+    if rank < 1:
+        raise CandidateRejected(f"a LoRA of rank {rank} says nothing; use 1 or more")
+    a: dict[str, np.ndarray] = {}
+    b: dict[str, np.ndarray] = {}
+    kept = lost = 0.0
+    for module, first in table.a.items():
+        layers, has, size = first.shape
+        small = min(rank, has)
+        a[module] = np.zeros((layers, small, size), np.float32)
+        b[module] = np.zeros((layers, small, table.b[module].shape[2]), np.float32)
+        for layer in range(layers):
+            weight = np.ones(size)
+            if traffic is not None:
+                weight = np.sqrt(np.maximum(traffic[module][layer].astype(np.float64), 1e-12))
+            q_in, r_in = np.linalg.qr((first[layer] * weight).T)  # [X, R] [R, R]
+            q_out, r_out = np.linalg.qr(table.b[module][layer].astype(np.float64).T)
+            left, scales, right = np.linalg.svd(r_in @ r_out.T)
+            kept += float((scales[:small] ** 2).sum())
+            lost += float((scales[small:] ** 2).sum())
+            root = np.sqrt(scales[:small])
+            a[module][layer] = ((q_in @ left[:, :small]) * root).T / weight
+            b[module][layer] = (q_out @ right[:small].T * root).T
+    return LoraTable(a, b), lost / (kept + lost) if kept + lost else 0.0

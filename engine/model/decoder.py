@@ -21,6 +21,10 @@ Adapt = Callable[[int, Array, dict[str, Array]], tuple[Array, ...]]
 """(layer, x, outputs by module) -> outputs: what LoRAs make of the linear modules that read x."""
 
 
+Wrap = Callable[[Callable[[Array], Array]], Callable[[Array], Array]]
+"""Another function that computes the same."""
+
+
 def unadapted(_layer: int, _x: Array, outputs: dict[str, Array]) -> tuple[Array, ...]:
     """The base model."""
     return tuple(outputs.values())
@@ -144,17 +148,24 @@ class Decoder(nnx.Module):
         positions: Int[Array, "B T"],
         attend: Attend,
         adapt: Adapt = unadapted,
+        *,
+        wrap: Wrap | None = None,
     ) -> Float[Array, "B T D"]:
         """Final hidden states, after the last norm: what the head reads.
 
-        Token ids must lie in [0, V). Positions are absolute and set the rotary angle.
+        Token ids must lie in [0, V). Positions are absolute and set the rotary angle. `wrap` may
+        make something else of a layer's function, for what is kept for its gradient.
         """
         frequencies = jnp.asarray(inverse_frequencies(self.config))
         x = self.embedding[...][tokens]
         for index, layer in enumerate(self.layers):
-            normed = layer.input_norm(x)
-            x = x + layer.attention(normed, positions, frequencies, index, attend, adapt)
-            x = x + layer.mlp(layer.mlp_norm(x), index, adapt)
+
+            def through(x: Array, layer: Layer = layer, index: int = index) -> Array:
+                normed = layer.input_norm(x)
+                x = x + layer.attention(normed, positions, frequencies, index, attend, adapt)
+                return x + layer.mlp(layer.mlp_norm(x), index, adapt)
+
+            x = (wrap(through) if wrap else through)(x)
         return self.norm(x)
 
     def logits(
