@@ -75,14 +75,17 @@ class Tuner:
         self._update = jax.jit(self._trace_update, donate_argnums=0)
         self._loss = jax.jit(self._trace_loss)
 
-    def start(self, seed: int) -> TuneState:
-        """A LoRA that says nothing yet: first factors drawn, second factors 0."""
+    def start(self, seed: int, *, table: LoraTable | None = None) -> TuneState:
+        """A LoRA that says nothing yet, first factors drawn, second factors 0; or `table`."""
         rng, rank = np.random.default_rng(seed), self._config.rank
         a = {
             m: jnp.asarray(rng.standard_normal((layers, rank, x)) * x**-0.5, jnp.float32)
             for m, (layers, x, _) in self._modules.items()
         }
         b = {m: jnp.zeros((layers, rank, y)) for m, (layers, _, y) in self._modules.items()}
+        if table is not None:
+            a = {m: jnp.asarray(each) for m, each in table.a.items()}
+            b = {m: jnp.asarray(each) / self._config.scale for m, each in table.b.items()}
         nothing = jax.tree.map(jnp.zeros_like, (a, b))
         zeros = (jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))  # two: a slice uses them up
         return TuneState((a, b), self._optimiser.init((a, b)), nothing, *zeros)
@@ -129,6 +132,10 @@ class Tuner:
         a, b = factors
         return a, {m: self._config.scale * each for m, each in b.items()}
 
+    def _held(self, scaled: Factors, fisher: Factors) -> Float[Array, ""]:
+        """What a change of the weights costs; 0 where nothing is held."""
+        return penalty(scaled, fisher) if fisher[0] else jnp.zeros(())
+
     def _trace_loss(
         self, weights: Any, learned: Factors, factors: Factors, batch: dict[str, Array]
     ) -> Float[Array, "B A"]:
@@ -152,7 +159,7 @@ class Tuner:
             scaled = self._scaled(factors)
             nats = self._trace_loss(weights, learned, scaled, batch)
             loss = (nats * batch["weight"]).sum() / jnp.maximum(batch["weight"].sum(), 1e-9)
-            held = penalty(scaled, fisher) if fisher[0] else jnp.zeros(())
+            held = self._held(scaled, fisher)
             return loss + weight * held, (loss, held)
 
         gradient, (loss, held) = jax.grad(objective, has_aux=True)(state.factors)

@@ -17,19 +17,37 @@ _OUTPUT = click.option(
 
 
 @bench.command()
-@click.option("--quick", is_flag=True, help="The short protocol: at most 30 minutes.")
+@click.option("--quick", is_flag=True, help="The instant loop: at most 30 minutes.")
+@click.option("--arms", default="", help="Ways to keep a stream of conventions below the head.")
+@click.option("--tasks", type=click.IntRange(1, 12), default=12, help="Of the stream of --arms.")
 @click.option("--seeds", type=click.IntRange(min=1), default=5, show_default=True)
 @_OUTPUT
 @click.option("--model", default="", help="A checkpoint's directory; default: the shipped model.")
-def learn(quick: bool, seeds: int, output: Path | None, model: str) -> None:
-    """What corrections gain on held-out items, and what else they move."""
-    if not quick:
-        raise click.UsageError("only the short protocol is built yet: sona bench learn --quick")
-    import sona.bench.learn
+def learn(quick: bool, arms: str, tasks: int, seeds: int, output: Path | None, model: str) -> None:
+    """What corrections gain on held-out items, and what else they move.
+
+    --quick asks the instant loop over the wire. --arms trains below the head in this process, on
+    a stream of twelve conventions: sequential, fresh, fresh+ewc, fresh+replay,
+    fresh+ewc+replay+prior, routed, merged, joint. Interrupted, it goes on from its --output.
+    """
+    if quick == bool(arms):
+        raise click.UsageError("choose --quick, or --arms with names; the rest is not built yet")
     from sona.cli.shared import failures_told
 
     with failures_told():
-        sys.exit(sona.bench.learn.run(seeds=seeds, output=output, model=model))
+        if quick:
+            import sona.bench.learn
+
+            sys.exit(sona.bench.learn.run(seeds=seeds, output=output, model=model))
+        from sona.bench import consolidated
+
+        try:
+            status = consolidated.run(
+                arms=arms.split(","), seeds=seeds, num_tasks=tasks, output=output, model=model
+            )
+        except ValueError as error:
+            raise click.UsageError(str(error)) from None
+    sys.exit(status)
 
 
 @bench.command()
