@@ -37,7 +37,9 @@ def run(
     console = Console(soft_wrap=True)
     settings = {"num_tasks": num_tasks, "model": model, "tune": asdict(CONFIG)}
     runs = _known(output, settings)
-    asyncio.run(_missing(arms, seeds, runs, settings, output, console))
+    known = {(each["arm"], each["seed"]) for each in runs}
+    if any((arm, seed) not in known for arm in arms for seed in range(seeds)):
+        asyncio.run(_missing(arms, seeds, runs, settings, output, console))
     _show(console, [each for each in runs if each["arm"] in arms and each["seed"] < seeds])
     return 0
 

@@ -163,6 +163,19 @@ async def test_score_and_embed_print_what_came(run):
     assert json.loads((await run("embed", "--raw", "ab", "--json")).stdout) == {"embedding": vector}
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "choose --quick, or --arms"),
+        (("--quick", "--arms", "routed"), "choose --quick, or --arms"),
+        (("--arms", "nosuch"), "there is no arm 'nosuch'; choose from sequential"),
+        (("--arms", "routed", "--tasks", "13"), "is not in the range"),
+    ],
+)
+def test_bench_learn_says_what_it_can_do(options, message):
+    assert message in local("bench", "learn", *options, status=2).stderr
+
+
 async def test_generate_sends_a_users_message_or_raw_text(run, served):
     await run("generate", "b", "--max-tokens", "1")
     await run("generate", "b", "--max-tokens", "1", "--raw")
