@@ -86,9 +86,10 @@ def test_a_certain_model_and_a_certain_teacher_stay_finite():
 def test_a_pair_is_half_decided_at_the_reference_and_learned_from_its_margin():
     same = jnp.array([-4.0])
     assert float(preference(same, same, same, same)[0]) == pytest.approx(np.log(2))
-    # margin (-3 + 4) - (-6 + 4) = 3, beta 0.5
-    loss = preference(jnp.array([-3.0]), jnp.array([-6.0]), same, same, beta=0.5)
-    assert float(loss[0]) == pytest.approx(np.log1p(np.exp(-1.5)))
+    # margin (-3 + 4) - (-6 + 5) = 2, beta 0.5
+    rest = jnp.array([-5.0])
+    loss = preference(jnp.array([-3.0]), jnp.array([-6.0]), same, rest, beta=0.5)
+    assert float(loss[0]) == pytest.approx(np.log1p(np.exp(-1.0)))
 
 
 def test_thumbs_pull_towards_the_good_away_from_the_bad_and_saturate():
